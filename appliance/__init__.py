@@ -1,0 +1,1 @@
+"""The product: redirect, proxies, attribution, live control and the command line."""

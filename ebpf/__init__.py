@@ -1,0 +1,1 @@
+"""The kernel side: BPF programs, their loader and the sensor. Imports nothing else of Narrows."""
