@@ -230,7 +230,6 @@ class Recovered:
     segments: tuple[int, ...]  #: generations that were completed
     frames: int  #: frames moved from memory to disk
     bytes: int
-    torn: int  #: frames that had begun and were never published (never forwarded)
     power_loss: bool = False  #: the boot's memory was gone: what was not committed is lost
 
 

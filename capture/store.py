@@ -1,0 +1,70 @@
+"""Where evidence lies: paths of the state and run directories, and the generation counter.
+
+Everything that touches evidence gets its paths here. Nothing here reads or writes evidence itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from typing import TYPE_CHECKING
+
+from capture.errors import EvidenceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+class Store:
+    """The directories of one appliance. `state` persists; `run` is tmpfs and lasts one boot."""
+
+    def __init__(self, state: Path, run: Path) -> None:
+        self.state = state
+        self.run = run
+        self.evidence = state / "evidence"
+        self.segments = self.evidence / "segments"
+        self.ledger = self.evidence / "ledger"
+        self.index = self.evidence / "index.sqlite"
+        self.hot = run / "hot"
+
+    def prepare(self) -> None:
+        """Make the directories, owner only."""
+        for path in (self.state, self.evidence, self.segments, self.ledger, self.run, self.hot):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def segment(self, generation: int) -> Path:
+        """Return the path of a segment."""
+        return self.segments / f"{generation:08x}.seg"
+
+    def generations(self) -> list[int]:
+        """Return the generations of the segments on disk, oldest first."""
+        found = []
+        for name in os.listdir(self.segments) if self.segments.exists() else []:
+            stem, dot, suffix = name.partition(".")
+            if dot and suffix == "seg" and len(stem) == 8:
+                with contextlib.suppress(ValueError):
+                    found.append(int(stem, 16))
+        return sorted(found)
+
+    def next_generation(self) -> int:
+        """Take the next generation; a number that was given out is never given again, not even after a crash."""
+        with self._locked(self.evidence / "generation") as fd:
+            text = os.pread(fd, 32, 0).decode("ascii").strip()
+            last = int(text, 16) if text else 0
+            generation = max([last, *self.generations()]) + 1
+            if generation >> 24:
+                raise EvidenceError("the generation counter is used up")
+            os.pwrite(fd, f"{generation:08x}\n".encode(), 0)
+            os.fdatasync(fd)
+        return generation
+
+    @contextlib.contextmanager
+    def _locked(self, path: Path) -> Iterator[int]:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield fd
+        finally:
+            os.close(fd)

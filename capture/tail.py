@@ -1,0 +1,117 @@
+"""Reads a segment file: its header and its commits, while it is being written or after.
+
+The seal, the index, readers and recovery use it. It never changes a file. What does not authenticate raises
+FormatError with the offset; the end of what is written is simply the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from capture.errors import FormatError
+from capture.segfile import BLOCK, COMMIT, COMMIT_BYTES, COMMIT_MAGIC, FINAL, TAG_BYTES, SegmentHeader, nonce
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+    from capture.crypt import Keys
+
+
+@dataclass(frozen=True, slots=True)
+class CommitInfo:
+    """One commit as it lies on disk."""
+
+    number: int
+    offset: int
+    total_bytes: int
+    plain_bytes: int
+    base: int
+    time_ns: int
+    final: bool
+    previous_tag: bytes
+
+
+class SegmentReader:
+    """Random and sequential access to the commits of one segment; a context manager."""
+
+    def __init__(self, path: Path, keys: Keys | None = None) -> None:
+        """Open the file; FormatError when it is no segment. Without keys only `raw` can be read."""
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            block = os.pread(self._fd, BLOCK, 0)
+            self.header = SegmentHeader.unpack(block)
+            self._aead = None if keys is None else AESGCM(SegmentHeader.data_key(block, keys))
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __enter__(self) -> SegmentReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def commit_at(self, offset: int) -> CommitInfo | None:
+        """Return the commit whose header is at `offset`; None where nothing was written yet."""
+        head = os.pread(self._fd, COMMIT_BYTES, offset)
+        if len(head) < COMMIT_BYTES or head[:4] != COMMIT_MAGIC:
+            return None
+        magic, generation, number, flags, plain, total, base, time_ns, previous, _zero = COMMIT.unpack(head)
+        if generation != self.header.generation or total % BLOCK or plain + COMMIT_BYTES + TAG_BYTES > total:
+            return None
+        if offset + total > os.fstat(self._fd).st_size:
+            return None
+        return CommitInfo(number, offset, total, plain, base, time_ns, bool(flags & FINAL), previous)
+
+    def commits(self, number: int = 0, offset: int = BLOCK) -> Iterator[CommitInfo]:
+        """Yield the commits from the one with `number` at `offset` on, as far as they are written."""
+        while (commit := self.commit_at(offset)) is not None and commit.number == number:
+            yield commit
+            number += 1
+            offset += commit.total_bytes
+            if commit.final:
+                return
+
+    def raw(self, commit: CommitInfo) -> bytes:
+        """Return the commit's whole block range as it lies on disk."""
+        content = os.pread(self._fd, commit.total_bytes, commit.offset)
+        if len(content) != commit.total_bytes:
+            raise FormatError(f"{self.path.name}: commit at {commit.offset} is cut off")
+        return content
+
+    def open(self, raw: bytes, commit: CommitInfo) -> bytes:
+        """Return the plaintext of a commit's block range; FormatError when it does not authenticate."""
+        assert self._aead is not None, "opened without keys"
+        view = memoryview(raw)
+        end = COMMIT_BYTES + commit.plain_bytes + TAG_BYTES
+        try:
+            return self._aead.decrypt(
+                nonce(self.header.generation, commit.number),
+                view[COMMIT_BYTES:end],  # type: ignore[arg-type]  # any buffer will do
+                view[:COMMIT_BYTES],  # type: ignore[arg-type]
+            )
+        except InvalidTag as wrong:
+            raise FormatError(f"{self.path.name}: commit at {commit.offset} does not authenticate") from wrong
+
+    def plaintext(self, commit: CommitInfo) -> bytes:
+        """Return the frames of a commit."""
+        return self.open(self.raw(commit), commit)
+
+    def digest(self, raw: bytes) -> bytes:
+        """Return the SHA-256 of a commit's block range: what the ledger commits to."""
+        return hashlib.sha256(raw).digest()
