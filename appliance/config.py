@@ -1,0 +1,304 @@
+"""The one configuration: strict TOML in, frozen dataclasses out.
+
+Every process loads it at start and never again. An unknown key, a wrong type or a bad value is a `ConfigError` with file, line,
+key and hint, and the process ends with exit code 78. The fields' `#:` comments are the reference that
+docs/configuration.md is checked against. This module knows no meaning beyond shape: overlapping accounts, for example, are
+found by `appliance.attribution.accounts`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import ipaddress
+import re
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+EXIT_CONFIG = 78
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; one line says where, what and what to do."""
+
+    def __init__(self, path: str, line: int, key: str, problem: str, hint: str = "") -> None:
+        where = f"{path}:{line}" if line else path
+        super().__init__(f"{where}: {key}: {problem}" + (f" ({hint})" if hint else ""))
+        self.key = key
+        self.line = line
+        self.hint = hint
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """A set of ports: `"all"`, or a list of ports and "low-high" ranges."""
+
+    ranges: tuple[tuple[int, int], ...] = ((1, 65535),)
+
+    def __contains__(self, port: int) -> bool:
+        return any(low <= port <= high for low, high in self.ranges)
+
+    @classmethod
+    def parse(cls, value: Any) -> Ports:
+        """Return the set that a TOML value means; ValueError otherwise."""
+        if value == "all":
+            return cls()
+        if not isinstance(value, list) or not value:
+            raise ValueError('ports are "all" or a list such as [5432, "8000-8100"]')
+        ranges = []
+        for item in value:
+            low, _, high = str(item).partition("-")
+            if isinstance(item, bool) or not low.isdecimal() or (high and not high.isdecimal()):
+                raise ValueError(f"{item!r} is no port")
+            pair = (int(low), int(high or low))
+            if not 1 <= pair[0] <= pair[1] <= 65535:
+                raise ValueError(f"{item!r} is no port range")
+            ranges.append(pair)
+        return cls(tuple(sorted(ranges)))
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """[paths]"""
+
+    state: Path = Path("/var/lib/narrows")  #: keys, evidence, ledger, index
+    run: Path = Path("/run/narrows")  #: sockets and memory of this boot; must be tmpfs
+    blob: Path = Path("/usr/lib/narrows/sensor.blob")  #: compiled BPF programs
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """[gate]"""
+
+    workers: int = 0  #: processes; 0 means one a core
+    listen_port: int = 15001  #: port of the transparent listeners
+    connect_timeout_s: float = 10.0  #: for the upstream connection
+    detect_ms: int = 200  #: how long a client may be silent, or undecided, before its session is opaque
+    max_sessions: int = 9000  #: per worker; above it connections wait in the backlog
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """[redirect]"""
+
+    clients: tuple[Network, ...] = ()  #: subnets whose traffic is redirected
+    bypass: tuple[Network, ...] = ()  #: destinations that are routed and not touched
+    management: tuple[Network, ...] = ()  #: networks that clients may never reach through the gate
+    quic_reject: bool = True  #: reject UDP/443, so that QUIC falls back to TCP
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """[evidence]"""
+
+    segment_bytes: int = 256 << 20  #: size of a segment file, preallocated
+    chunk_count: int = 6  #: 4 MiB pieces of memory per worker
+    commit_ms: int = 50  #: longest time that evidence is in memory only
+    reserve_bytes: int = 32 << 20  #: disk held back per writer for an orderly stop
+    checkpoint_s: int = 5  #: longest time between signed checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class Attribution:
+    """[attribution]"""
+
+    wait_ms: int = 50  #: longest wait for an owner before the first upstream byte
+    on_forged: Literal["continue", "refuse"] = "continue"  #: what to do with a forged or replayed identity
+    replay_entries: int = 1 << 18  #: size of the replay cache that the workers share
+
+
+@dataclass(frozen=True, slots=True)
+class Sensor:
+    """[sensor]"""
+
+    cgroup: str = ""  #: subtree whose processes are seen, below the cgroup v2 mount; "" is all of it
+    prefixes: tuple[Network, ...] = ()  #: destinations towards which the SYN option is written
+    covers: tuple[Network, ...] = ()  #: client addresses that this sensor answers for
+    host: str = ""  #: name of this host in owner records; "" is the host name
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """[[route]], first match wins"""
+
+    name: str
+    destinations: tuple[Network, ...] = (
+        ipaddress.ip_network("0.0.0.0/0"),
+        ipaddress.ip_network("::/0"),
+    )  #: destination networks
+    ports: Ports = Ports()  #: destination ports
+    protocol: str = "tcp"  #: "tcp", "udp", "icmp" or an IP protocol number
+    action: Literal["intercept", "allow"] = "intercept"  #: "allow" is for what is not TCP: routed and counted
+    durability: Literal["write", "fsync"] = "write"  #: when bytes may leave
+    on_evidence_failure: Literal["closed", "open"] = "closed"  #: when evidence cannot be written
+    on_failure: Literal["closed", "bypass"] = "closed"  #: when no gate process is there
+    source: Literal["client", "gate"] = "client"  #: whose address the upstream sees
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """[account.match], all given selectors must hold"""
+
+    cgroup: str = ""  #: cgroup path, or a path and everything below it when it ends in "/*"
+    unit: str = ""  #: systemd unit
+    container: str = ""  #: container id, or its first 12 letters
+    exe: str = ""  #: path of the executable
+    exe_sha256: str = ""  #: digest of the executable
+    uid: int = -1  #: user id
+    network: tuple[Network, ...] = ()  #: client addresses
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """[[account]]"""
+
+    name: str
+    owner: str  #: person or team that answers for it
+    purpose: str
+    ticket: str = ""
+    expires: date | None = None  #: last day on which it is known
+    match: Match = field(default_factory=Match)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything; `sha256` is that of the file."""
+
+    paths: Paths = field(default_factory=Paths)
+    gate: Gate = field(default_factory=Gate)
+    redirect: Redirect = field(default_factory=Redirect)
+    evidence: Evidence = field(default_factory=Evidence)
+    attribution: Attribution = field(default_factory=Attribution)
+    sensor: Sensor = field(default_factory=Sensor)
+    route: tuple[Route, ...] = ()
+    account: tuple[Account, ...] = ()
+    file: str = ""
+    sha256: str = ""
+
+
+def load(path: Path) -> Config:
+    """Return the configuration in `path`; ConfigError when it cannot be used."""
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as wrong:
+        raise ConfigError(str(path), 0, "file", f"cannot be read: {wrong}") from wrong
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as wrong:
+        found = re.search(r"line (\d+)", str(wrong))
+        raise ConfigError(str(path), int(found[1]) if found else 0, "syntax", str(wrong)) from wrong
+    reader = _Reader(str(path), text)
+    config: Config = reader.table(Config, tree, "")
+    reader.check(config)
+    return dataclasses.replace(config, file=str(path), sha256=hashlib.sha256(content).hexdigest())
+
+
+class _Reader:
+    """Turns TOML tables into dataclasses and knows where a key stands."""
+
+    def __init__(self, path: str, text: str) -> None:
+        self._path = path
+        self._lines = text.splitlines()
+
+    def fail(self, key: str, problem: str, hint: str = "") -> ConfigError:
+        name = re.sub(r"\[\d+\]", "", key).rpartition(".")[2]
+        pattern = re.compile(rf"\s*(\[+.*\b{re.escape(name)}\b.*\]+|\"?{re.escape(name)}\"?\s*=)")
+        line = next((n for n, text in enumerate(self._lines, 1) if pattern.match(text)), 0)
+        return ConfigError(self._path, line, key, problem, hint)
+
+    def table(self, kind: Any, values: Any, key: str) -> Any:
+        if not isinstance(values, dict):
+            raise self.fail(key, "must be a table")
+        hints = typing.get_type_hints(kind)
+        known = {f.name: f for f in dataclasses.fields(kind) if f.name not in {"file", "sha256"}}
+        given = {}
+        for name, value in values.items():
+            full = f"{key}.{name}" if key else name
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+                raise self.fail(full, "unknown key", hint)
+            given[name] = self.value(hints[name], value, full)
+        for name, spec in known.items():
+            required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+            if required and name not in given:
+                raise self.fail(f"{key}.{name}" if key else name, "is required")
+        return kind(**given)
+
+    def value(self, hint: Any, value: Any, key: str) -> Any:
+        if dataclasses.is_dataclass(hint) and hint is not Ports:
+            return self.table(hint, value, key)
+        if hint is Ports:
+            return self._converted(Ports.parse, value, key)
+        if get_origin(hint) is tuple:
+            return self._list(get_args(hint)[0], value, key)
+        if get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                raise self.fail(key, f"{value!r} is not allowed", "one of " + ", ".join(get_args(hint)))
+            return value
+        if hint is Path:
+            if not isinstance(value, str) or not value.startswith("/"):
+                raise self.fail(key, "must be an absolute path")
+            return Path(value)
+        if get_origin(hint) is types.UnionType and date in get_args(hint):
+            if type(value) is not date:
+                raise self.fail(key, "must be a date such as 2027-01-31")
+            return value
+        return self._plain(hint, value, key)
+
+    def _plain(self, hint: Any, value: Any, key: str) -> Any:
+        if hint is float and type(value) is int:
+            value = float(value)
+        if type(value) is not hint:
+            raise self.fail(key, f"must be {'text' if hint is str else hint.__name__}")
+        if hint in (int, float) and value < 0:
+            raise self.fail(key, "must not be negative")
+        return value
+
+    def _list(self, item: Any, value: Any, key: str) -> Any:
+        if not isinstance(value, list):
+            raise self.fail(key, "must be a list")
+        if dataclasses.is_dataclass(item):
+            return tuple(self.table(item, entry, f"{key}[{n}]") for n, entry in enumerate(value))
+        return tuple(self._converted(_network, entry, key) for entry in value)
+
+    def _converted(self, convert: Any, value: Any, key: str) -> Any:
+        try:
+            return convert(value)
+        except (ValueError, TypeError) as wrong:
+            raise self.fail(key, str(wrong)) from wrong
+
+    def check(self, config: Config) -> None:
+        """Refuse values that fit their type and mean nothing."""
+        if not 1 <= config.gate.listen_port <= 65535:
+            raise self.fail("gate.listen_port", "must be a port")
+        if config.evidence.segment_bytes < 8 << 20 or config.evidence.segment_bytes % 4096:
+            raise self.fail("evidence.segment_bytes", "must be a multiple of 4096, 8388608 or more")
+        if config.evidence.chunk_count < 3:
+            raise self.fail("evidence.chunk_count", "must be 3 or more")
+        for kind, entries in (("route", config.route), ("account", config.account)):
+            names = [entry.name for entry in entries]
+            double = next((name for name in names if names.count(name) > 1), None)
+            if double is not None:
+                raise self.fail(f"{kind}.name", f"{double!r} is there twice")
+        for route in config.route:
+            if (route.action == "allow") == (route.protocol == "tcp"):
+                hint = "TCP is intercepted, everything else is allowed or dropped"
+                raise self.fail("route.action", f"{route.action!r} does not fit {route.protocol!r}", hint)
+        for account in config.account:
+            if account.match == Match():
+                raise self.fail("account.match", f"account {account.name!r} has no selector")
+
+
+def _network(value: Any) -> Network:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no network")
+    return ipaddress.ip_network(value)
