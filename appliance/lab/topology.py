@@ -14,6 +14,7 @@ import ctypes
 import os
 import socket
 import subprocess
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,6 +43,8 @@ _SYSCTLS = {
     "net/ipv4/tcp_max_syn_backlog": "8192",
     "net/ipv4/conf/all/rp_filter": "0",
     "net/ipv4/conf/default/rp_filter": "0",
+    "net/ipv6/conf/default/accept_dad": "0",
+    "net/ipv6/conf/all/accept_dad": "0",
 }
 _FORWARDING = {"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1"}
 
@@ -99,6 +102,8 @@ def up(topology: Topology) -> None:
     for name in topology.namespaces:
         netns.create(name)
     client, gate, server = topology.namespaces
+    for name in topology.namespaces:
+        run(name, _set_sysctls, _SYSCTLS | (_FORWARDING if name == gate else {}))
     with IPRoute() as ip:
         _veth(ip, "eth0", client, "client0", gate)
         _veth(ip, "eth0", server, "server0", gate)
@@ -116,14 +121,10 @@ def up(topology: Topology) -> None:
         gate_links["mgmt0"] = [(MANAGEMENT_GATE, 24)]
     _configure(gate, gate_links, [])
     _configure(server, {"eth0": [(SERVER4, 24), (SERVER6, 64)]}, [GATE_SERVER4, GATE_SERVER6])
-    for name in topology.namespaces:
-        run(name, _set_sysctls, _SYSCTLS | (_FORWARDING if name == gate else {}))
 
 
 def run(namespace: str, function: Callable[..., Answer], *arguments: Any) -> Answer:
     """Call `function` in a thread that has entered `namespace` and return its answer."""
-    import threading
-
     answer: list[Answer] = []
     error: list[BaseException] = []
 
