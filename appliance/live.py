@@ -1,0 +1,135 @@
+"""Running sessions: what each gate worker's control socket answers, and how other processes ask.
+
+A worker listens on `run/gate-N.sock`; one JSON object a line, asked and answered. Only root may ask. The command line uses the
+functions at the end. Killing a session is a Decision record in the evidence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Any, Protocol
+
+from capture.frames import session_name, session_number
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+log = logging.getLogger("narrows.live")
+
+MOST_BYTES = 1 << 16
+_PEER = struct.Struct("3i")
+
+
+class Sessions(Protocol):
+    """What the control socket needs of a worker."""
+
+    def list_sessions(self) -> list[dict[str, Any]]:
+        """Return the running sessions."""
+        ...
+
+    def kill(self, session: int, actor: str, reason: str) -> bool:
+        """End a session; False when it is not here."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """Return the worker's counters."""
+        ...
+
+
+class ControlSocket:
+    """The serving side, on the worker's own loop."""
+
+    def __init__(self, sessions: Sessions, path: Path) -> None:
+        self._sessions, self._path = sessions, path
+        self._server: asyncio.AbstractServer | None = None
+
+    async def start(self) -> None:
+        """Listen."""
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+        self._server = await asyncio.start_unix_server(self._serve, str(self._path), limit=MOST_BYTES)
+        os.chmod(self._path, 0o600)
+
+    async def stop(self) -> None:
+        """Stop listening and remove the socket."""
+        if self._server is not None:
+            self._server.close()
+            with contextlib.suppress(FileNotFoundError):
+                self._path.unlink()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            sock = writer.get_extra_info("socket")
+            _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+            if uid != 0:
+                log.warning("uid %d asked on the control socket", uid)
+                return
+            while line := await asyncio.wait_for(reader.readline(), 30):
+                writer.write(json.dumps(self._answer(line)).encode() + b"\n")
+                await writer.drain()
+        except (OSError, ValueError, TimeoutError) as wrong:
+            log.info("control connection ended: %s", wrong)
+        finally:
+            writer.close()
+
+    def _answer(self, line: bytes) -> dict[str, Any]:
+        try:
+            question = json.loads(line)
+            match question.get("do"):
+                case "list":
+                    return {"sessions": self._sessions.list_sessions()}
+                case "kill":
+                    number = session_number(str(question["session"]))
+                    done = self._sessions.kill(number, str(question["actor"]), str(question.get("reason", "")))
+                    return {"done": done}
+                case "stats":
+                    return self._sessions.stats()
+        except (ValueError, KeyError, AttributeError) as wrong:
+            return {"error": f"cannot be understood: {wrong}"}
+        return {"error": "unknown question"}
+
+
+def ask(path: Path, question: dict[str, Any], *, timeout_s: float = 5.0) -> dict[str, Any]:
+    """Ask one worker; OSError when it does not answer."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(timeout_s)
+        sock.connect(str(path))
+        sock.sendall(json.dumps(question).encode() + b"\n")
+        answer = b""
+        while not answer.endswith(b"\n"):
+            piece = sock.recv(1 << 16)
+            if not piece:
+                raise ConnectionResetError("the gate ended the control connection")
+            answer += piece
+    found: dict[str, Any] = json.loads(answer)
+    return found
+
+
+def workers(run: Path) -> list[Path]:
+    """Return the control sockets that are there."""
+    return sorted(run.glob("gate-*.sock"))
+
+
+def running(run: Path) -> list[dict[str, Any]]:
+    """Return the running sessions of every worker that answers."""
+    found: list[dict[str, Any]] = []
+    for path in workers(run):
+        with contextlib.suppress(OSError):
+            found += ask(path, {"do": "list"})["sessions"]
+    return found
+
+
+def kill(run: Path, session: int, actor: str, reason: str) -> bool:
+    """End a session wherever it runs; False when no worker has it."""
+    question = {"do": "kill", "session": session_name(session), "actor": actor, "reason": reason}
+    for path in workers(run):
+        with contextlib.suppress(OSError):
+            if ask(path, question).get("done"):
+                return True
+    return False
