@@ -247,7 +247,7 @@ class Settings(NamedTuple):
 
 
 def text(data: bytes) -> str:
-    """Return kernel bytes up to the first NUL as text; what is not UTF-8 is escaped (\\xff)."""
+    """Return kernel bytes up to the first NUL as text; what is not UTF-8 becomes a hex escape."""
     return data.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
 
 

@@ -1,0 +1,113 @@
+"""The owner table: bounded, expiring, and never someone else's owner."""
+
+from __future__ import annotations
+
+import socket
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ebpf.table import NS, Connected, OwnerTable
+
+CLIENT = socket.inet_pton(socket.AF_INET, "192.0.2.10")
+SERVER = socket.inet_pton(socket.AF_INET, "198.51.100.10")
+CLIENT6 = socket.inet_pton(socket.AF_INET6, "2001:db8:1::10")
+SERVER6 = socket.inet_pton(socket.AF_INET6, "2001:db8:2::10")
+
+
+def connected(table: OwnerTable, port: int, handle: int, now_ns: int = 0) -> None:
+    table.add_connect(CLIENT, port, SERVER, 5432, handle, 77, 5, now_ns)
+
+
+def test_an_owner_is_found_until_it_expires():
+    table = OwnerTable(owner_ns=10)
+    table.add_owner(1, {"pid": 7}, 100)
+    assert table.by_handle(1) == {"pid": 7}
+    assert table.by_handle(1, 109) == {"pid": 7}
+    assert table.by_handle(1, 110) is None
+    assert table.expire(109) == 0
+    assert table.expire(110) == 1
+    assert table.by_handle(1) is None
+
+
+def test_a_later_owner_record_replaces_the_earlier_one_and_lives_longer():
+    table = OwnerTable(owner_ns=10)
+    table.add_owner(1, {"sha": None}, 0)
+    table.add_owner(2, {}, 1)
+    table.add_owner(1, {"sha": "x"}, 5)
+    assert table.expire(12) == 1
+    assert table.by_handle(1) == {"sha": "x"}
+
+
+def test_the_oldest_owner_goes_when_the_table_is_full():
+    table = OwnerTable(owners=3)
+    for handle in range(5):
+        table.add_owner(handle, {"n": handle}, handle)
+    assert [table.by_handle(n) is not None for n in range(5)] == [False, False, True, True, True]
+    assert table.evicted_owners == 2
+
+
+def test_a_connection_is_found_by_its_four_tuple_and_by_nothing_less():
+    table = OwnerTable()
+    connected(table, 40_000, 9)
+    assert table.by_tuple(CLIENT, 40_000, SERVER, 5432) == Connected(9, 77, 5)
+    assert table.by_tuple(CLIENT, 40_001, SERVER, 5432) is None
+    assert table.by_tuple(CLIENT, 40_000, SERVER, 5433) is None
+    assert table.by_tuple(SERVER, 40_000, CLIENT, 5432) is None
+
+
+def test_ipv6_and_mapped_ipv4_addresses_are_found():
+    table = OwnerTable()
+    table.add_connect(CLIENT6, 1, SERVER6, 2, 8, 77, 5, 0)
+    assert table.by_tuple(CLIENT6, 1, SERVER6, 2) == Connected(8, 77, 5)
+    connected(table, 3, 9)
+    prefix = bytes(10) + b"\xff\xff"
+    found = table.by_tuple(prefix + CLIENT, 3, prefix + SERVER, 5432)
+    assert found is not None
+    assert found.handle == 9
+
+
+def test_what_was_taken_cannot_name_the_next_user_of_the_port():
+    table = OwnerTable()
+    connected(table, 40_000, 9)
+    assert table.take(CLIENT, 40_000, SERVER, 5432) == Connected(9, 77, 5)
+    assert table.take(CLIENT, 40_000, SERVER, 5432) is None
+
+
+def test_a_connection_expires_sooner_than_an_owner():
+    table = OwnerTable()
+    table.add_owner(9, {}, 0)
+    connected(table, 40_000, 9)
+    assert table.take(CLIENT, 40_000, SERVER, 5432, 15 * NS) is None
+    connected(table, 40_000, 9)
+    assert table.expire(15 * NS) == 1
+    assert table.by_handle(9) == {}
+
+
+def test_lost_events_let_every_connection_be_forgotten_and_keep_the_owners():
+    table = OwnerTable()
+    table.add_owner(9, {}, 0)
+    connected(table, 40_000, 9)
+    table.forget_connects()
+    assert table.by_tuple(CLIENT, 40_000, SERVER, 5432) is None
+    assert table.by_handle(9) == {}
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 40))))
+def test_it_stays_bounded_and_answers_like_a_plain_dictionary(steps):
+    table = OwnerTable(owners=4, connects=4, owner_ns=50, connect_ns=50)
+    last: dict[int, int] = {}
+    now = 0
+    for port, handle, wait in steps:
+        now += wait
+        connected(table, port, handle, now)
+        table.add_owner(handle, {"handle": handle}, now)
+        last[port] = handle
+        table.expire(now)
+        assert len(table) <= 8
+        found = table.by_tuple(CLIENT, port, SERVER, 5432)
+        assert found is not None
+        assert found.handle == handle
+    for port, handle in last.items():
+        found = table.by_tuple(CLIENT, port, SERVER, 5432)
+        assert found is None or found.handle == handle
