@@ -62,7 +62,7 @@ class Session:
     """One connection through the gate."""
 
     __slots__ = (
-        "attributed", "client", "closed", "connected", "down", "ending", "layer", "number", "operations", "outage", "prefix",
+        "attributed", "client", "closed", "connected", "down", "ending", "first_end", "layer", "number", "operations", "outage", "prefix",
         "protocol", "reason", "route", "started", "stalled", "target", "timers", "up", "waits_for_disk", "worker",
     )  # fmt: skip
 
@@ -86,6 +86,7 @@ class Session:
         self.attributed = self.connected = self.closed = self.stalled = False
         self.waits_for_disk = route.durability == "fsync"
         self.ending: tuple[str, str] | None = None  #: (reason, by) once decided
+        self.first_end = "client"  #: side that sent the first FIN
         self.reason = ""
         self.timers: dict[str, Timer] | None = None
         self.outage: Outage | None = None  #: while evidence cannot be written and the route says to go on
@@ -263,6 +264,8 @@ class Session:
         """The source sent FIN: pass it on after what is unsent, and close when both have."""
         direction.ended = True
         direction.register(wanted=False)
+        if self.ending is None and not (self.up.ended and self.down.ended):
+            self.first_end = direction.side.value
         if self.prefix is not None:
             if direction.side is CLIENT and self.prefix:
                 self._choose("opaque", "undecided")
@@ -272,18 +275,18 @@ class Session:
         if self.closed:
             return
         direction.finish()
-        self._close_if_done(direction.side)
+        self._close_if_done()
 
     def flushed(self, direction: Direction) -> None:
         """Everything of `direction` was sent."""
         if direction.ended:
             direction.finish()
-            self._close_if_done(direction.side)
+            self._close_if_done()
         self.interest()
 
-    def _close_if_done(self, last: Side) -> None:
+    def _close_if_done(self) -> None:
         if self.up.shut and self.down.shut:
-            reason, by = self.ending or ("fin", last.value)
+            reason, by = self.ending or ("fin", self.first_end)
             self.close(reason, by)
 
     def _end(self, effect: Close) -> None:
@@ -296,7 +299,7 @@ class Session:
         direction.ended = True
         direction.register(wanted=False)
         direction.finish()
-        self._close_if_done(effect.side)
+        self._close_if_done()
 
     def _linger_over(self) -> None:
         if not self.closed:
