@@ -1,4 +1,4 @@
-"""Who a session belongs to: kernel facts from the sensor, joined to the accounts of the configuration."""
+"""Who a session belongs to: kernel facts from the sensor, joined to the declared accounts."""
 
 from appliance.attribution.accounts import Register, check_overlaps
 from appliance.attribution.join import Attributor

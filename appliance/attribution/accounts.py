@@ -1,16 +1,18 @@
-"""The register of service accounts: which account a session belongs to, and whether the declarations can be used.
+"""The register of service accounts: whose a session is, and whether the declarations can be used.
 
-The gate asks `Register.match` once per session; `narrows config check` and the gate's start call `check`, which turns
-declarations that can be seen to overlap into a `ConfigError` (exit 78). Pure: the date is passed in.
+The gate asks `Register.match` once per session; `narrows config check` and the gate's start call
+`check_overlaps`, which turns declarations that can be seen to overlap into a `ConfigError` (exit
+78). Pure: the date is passed in.
 
     one account matches              that account
     two or more match                nobody: ambiguous, with their names
     only expired accounts match      nobody: expired, with their names
     none matches                     nobody
 
-An account past its `expires` day takes no part in overlaps and ambiguity, so that its successor may take over its
-selectors. How strong the match is follows from the selectors: an account that names nothing but source networks
-is known by `network`, however well the owner is known; any other by `kernel`.
+An account past its `expires` day takes no part in overlaps and ambiguity, so that its successor may
+take over its selectors. How strong the match is follows from the selectors: an account that names
+nothing but source networks is known by `network`, however well the owner is known; any other by
+`kernel`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import ipaddress
 import itertools
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import date
 
-    from appliance.config import Account, Config
+    from appliance.config import Account
 
 KERNEL: Literal["kernel"] = "kernel"
 NETWORK: Literal["network"] = "network"
@@ -85,20 +88,18 @@ def overlaps(accounts: Sequence[Account], today: date) -> list[tuple[Account, Ac
     ]
 
 
-def check(config: Config, today: date) -> None:
-    """Refuse declarations that cannot mean one account: ConfigError."""
-    for one, other in overlaps(config.account, today):
+def check_overlaps(accounts: Sequence[Account], file: str, today: date | None = None) -> None:
+    """Refuse declarations that cannot mean one account: ConfigError with the line in `file`."""
+    today = today or datetime.now(UTC).date()
+    for one, other in overlaps(accounts, today):
         shared = sorted(set(selectors.given(one.match)) & set(selectors.given(other.match)))
-        raise _error(
-            config,
-            other.name,
-            f"{other.name!r} overlaps {one.name!r} in {', '.join(shared)}",
-            "give one of them a selector that tells them apart",
-        )
-    for account in config.account:
+        problem = f"{other.name!r} overlaps {one.name!r} in {', '.join(shared)}"
+        hint = "give one of them a selector that tells them apart"
+        raise _error(file, other.name, problem, hint)
+    for account in accounts:
         problem, hint = _unusable(account)
         if problem:
-            raise _error(config, account.name, f"{account.name!r}: {problem}", hint)
+            raise _error(file, account.name, f"{account.name!r}: {problem}", hint)
 
 
 def _unusable(account: Account) -> tuple[str, str]:
@@ -112,8 +113,8 @@ def _unusable(account: Account) -> tuple[str, str]:
     return "", ""
 
 
-def _error(config: Config, name: str, problem: str, hint: str) -> ConfigError:
-    return ConfigError(config.file, _line(config.file, name), "account.match", problem, hint)
+def _error(file: str, name: str, problem: str, hint: str) -> ConfigError:
+    return ConfigError(file, _line(file, name), "account.match", problem, hint)
 
 
 def _line(file: str, name: str) -> int:

@@ -1,16 +1,19 @@
 """The replay cache: which SYNs carried an identity here before, in memory that the workers share.
 
-Every gate worker maps the same tmpfs file (`run/replay`), so that a SYN seen by one is known to all, and to the next
-life of a worker. A SYN is kept as its full 64-bit MAC, which nobody without the key can choose.
+Every gate worker maps the same tmpfs file (`run/replay`), so that a SYN seen by one is known to
+all, and to the next life of a worker. A SYN is kept as its full 64-bit MAC, which nobody without
+the key can choose.
 
-The file is a 128-byte header and then buckets of 128 bytes: a cursor and 15 MACs, oldest overwritten first. A MAC's low
-bits name its bucket. The cache is bounded and forgets: with N entries, a SYN is still known after N/2 later ones
-with better than 98 percent, after N/4 with 99.999 percent. What it forgets can be replayed only by somebody who saw the SYN,
-and who can also complete the handshake with the client's address and the same sequence number.
+The file is a 128-byte header and then buckets of 128 bytes: a cursor and 15 MACs, oldest
+overwritten first. A MAC's low bits name its bucket. The cache is bounded and forgets: with N
+entries, a SYN is still known after N/2 later ones with better than 98 percent, after N/4 with
+99.999 percent. What it forgets can be replayed only by somebody who saw the SYN, and who can also
+complete the handshake with the client's address and the same sequence number.
 
-Two connections with one MAC have one 4-tuple, so the kernel hands both to the same worker unless the number of
-workers changed between them. Only then two workers can ask for the same MAC at once; a byte-range lock on the
-bucket decides who was first. The lock dies with its holder, and a holder that is merely stopped is waited for 5 ms.
+Two connections with one MAC have one 4-tuple, so the kernel hands both to the same worker unless
+the number of workers changed between them. Only then two workers can ask for the same MAC at once;
+a byte-range lock on the bucket decides who was first. The lock dies with its holder, and a holder
+that is merely stopped is waited for 5 ms.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ class ReplayCache:
     """A bounded set of MACs, shared by every process that opens the same path."""
 
     def __init__(self, path: Path, entries: int) -> None:
-        """Open or make the file; one of another size or format is replaced, which forgets what it held."""
+        """Open or make the file; one of another size is replaced, which forgets what it held."""
         buckets = 1 << max(0, (max(entries, 1) - 1) // WAYS).bit_length()
         self.entries = buckets * WAYS
         self._mask = buckets - 1
@@ -68,7 +71,7 @@ class ReplayCache:
             if mac in words[first + 1 : first + _WORDS].tolist():
                 return True
             turn = words[first]
-            # The cursor first: dying between the two stores wastes a slot, and forgets nobody but the newest.
+            # The cursor first: dying between the two stores forgets nobody but the newest.
             words[first] = (turn + 1) % WAYS
             words[first + 1 + turn % WAYS] = mac
             return False
@@ -113,7 +116,7 @@ def _opened(path: Path, size: int, buckets: int) -> int:
         try:
             os.posix_fallocate(fd, 0, size)
             os.pwrite(fd, header, 0)
-            os.rename(scratch, path)
+            scratch.rename(path)
         except BaseException:
             os.close(fd)
             raise

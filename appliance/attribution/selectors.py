@@ -1,7 +1,8 @@
 """One account's selectors: whether they hold for a session, and whether two sets of them overlap.
 
-`appliance.attribution.accounts` uses both. The selectors are those of [account.match] (`appliance.config.Match`);
-all that are given must hold. A fact that the owner record lacks holds for no selector. Pure.
+`appliance.attribution.accounts` uses both. The selectors are those of [account.match]
+(`appliance.config.Match`); all that are given must hold. A fact that the owner record lacks holds
+for no selector. Pure.
 
     cgroup       the owner's cgroup path, or it and everything below when the selector ends in "/*"
     unit         the systemd unit
@@ -60,9 +61,10 @@ def holds(selectors: Mapping[str, Any], owner: Mapping[str, Any] | None, client:
 def overlap(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Say whether two sets of selectors can be seen to overlap.
 
-    They can when one of them gives every selector that the other gives, and each of those has a value that both
-    accept: then sessions of the narrower belong to the wider too. Where each gives a selector that the other does not
-    (a uid here, an executable there), only a session can tell, and then it is ambiguous.
+    They can when one of them gives every selector that the other gives, and each of those has a
+    value that both accept: then sessions of the narrower belong to the wider too. Where each gives
+    a selector that the other does not (a uid here, an executable there), only a session can tell,
+    and then it is ambiguous.
     """
     wider, narrower = sorted((first, second), key=len)
     return all(
@@ -74,7 +76,7 @@ def _absolute(path: str) -> str:
     return "/" + path.strip("/")
 
 
-def _cgroup_holds(wanted: str, path: Any) -> bool:
+def _cgroup_holds(wanted: str, path: object) -> bool:
     if not isinstance(path, str) or not path:
         return False
     path = _absolute(path)
@@ -90,11 +92,12 @@ def _cgroups_meet(first: str, second: str) -> bool:
     )
 
 
-def _container_holds(wanted: str, identity: Any) -> bool:
+def _container_holds(wanted: str, identity: object) -> bool:
     if not isinstance(identity, str):
         return False
-    exact = len(wanted) < SHORTEST_CONTAINER
-    return identity == wanted if exact else identity.lower().startswith(wanted)
+    if len(wanted) < SHORTEST_CONTAINER:
+        return identity == wanted
+    return identity.lower().startswith(wanted)
 
 
 def _containers_meet(first: str, second: str) -> bool:
@@ -107,9 +110,7 @@ def _equal(wanted: Any, fact: Any) -> bool:
 
 def _networks_meet(first: tuple[Network, ...], second: tuple[Network, ...]) -> bool:
     return any(
-        one.version == other.version and one.overlaps(other)  # type: ignore[arg-type]
-        for one in first
-        for other in second
+        one.version == other.version and one.overlaps(other) for one in first for other in second
     )
 
 

@@ -1,152 +1,227 @@
 """The gate's end of the sensor's unix socket: owners and connect events in, questions out.
 
-Runs on the gate's loop and connects again by itself. Messages are a u32 length, a u8 type and a body; `ebpf.events` names
-the types. What a sensor said stays valid when it goes away: a handle means the same exec for ever.
+Runs on the gate's loop and connects again by itself, every 0.1 s. The messages are those of
+`ebpf.events`; HELLO is the first on every connection, and a sensor may send it again when its keys
+change. What came in is put into the `OwnerTable`, and noted in `news` for whoever waits for it. It
+never answers who a session belongs to.
+
+What a sensor said stays valid when it goes away: a handle means the same exec for ever, and a SYN
+that was made under an older key may be accepted after the newer key was announced. So keys are kept
+across sensor restarts, the newest first, as long as the host has not booted anew.
 """
 
 from __future__ import annotations
 
-import json
+import ipaddress
 import logging
+import os
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import orjson
 
 from ebpf import events
+from ebpf.events import Message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from appliance.attribution.join import Loop
+    from appliance.config import Network
     from ebpf.table import OwnerTable
 
 log = logging.getLogger("narrows.sensor-link")
 
-RETRY_S = 0.5
-MOST_BYTES = 1 << 20
-_HEAD = struct.Struct("<IB")
+RETRY_S = 0.1
+#: How long after the start, or after a sensor went away, its (next) HELLO is still expected.
+SETTLE_S = 1.0
+KEY_BYTES = 16
+MOST_KEYS = 8
+_READ_BYTES = 1 << 16
 _PEER = struct.Struct("3i")
 
 
+class Loop(Protocol):
+    """What attribution asks of an event loop; uvloop's and asyncio's offer it."""
+
+    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> Any:
+        """Call once after `delay` seconds; the answer has `cancel`."""
+        ...
+
+    def add_reader(self, fd: Any, callback: Callable[..., Any], *args: Any) -> Any:
+        """Call whenever `fd` is readable."""
+        ...
+
+    def remove_reader(self, fd: Any) -> Any:
+        """Stop."""
+        ...
+
+
+class News(NamedTuple):
+    """What came in since it was last asked for."""
+
+    handles: set[int]  #: owners that are known now
+    unknown: set[int]  #: handles that the sensor does not know
+    connects: set[tuple[bytes, int, bytes, int]]  #: 4-tuples, addresses packed
+    hello: bool  #: keys and covered clients may have changed
+
+
 class SensorLink:
-    """Feeds an OwnerTable from one sensor."""
+    """Feeds an `OwnerTable` from one sensor."""
 
     def __init__(
-        self, loop: Loop, path: Path, table: OwnerTable, moved: Callable[[], None]
+        self,
+        loop: Loop,
+        path: Path,
+        table: OwnerTable,
+        moved: Callable[[], None],
+        covers: Iterable[Network] = (),
     ) -> None:
-        """`moved` is called after messages were taken in."""
+        """Connect, now or as soon as the sensor is there; `moved` is called after messages came in.
+
+        `covers` are clients that have a sensor by configuration, whether or not it ever said so.
+        """
         self._loop, self._path, self._table, self._moved = loop, path, table, moved
+        self._configured = tuple(covers)
         self._sock: socket.socket | None = None
-        self._buffer = bytearray()
-        self.keys: list[bytes] = []
-        self.covers: list[str] = []
-        self.lost = 0  #: events that the sensor lost, by its own count
+        self._messages = events.Messages()
+        self._timer: Any = None
+        self._host: tuple[Any, Any] | None = None
+        self._away_since = time.monotonic()
+        self._news = News(set(), set(), set(), hello=False)
+        self._losses = 0
+        self.keys: list[bytes] = []  #: 16 bytes each, newest first
+        self.covers: tuple[Network, ...] = self._configured
+        self.lost = 0  #: events that this sensor lost, by its own count
         self.connected = False  #: a HELLO came on the present connection
         self._connect()
 
+    @property
+    def settling(self) -> bool:
+        """Say whether no sensor is connected, but one may be at any moment."""
+        return not self.connected and time.monotonic() - self._away_since < SETTLE_S
+
     def ask(self, handle: int) -> None:
-        """Ask what a handle means; the answer comes as an owner record."""
-        if self._sock is not None:
-            try:
-                self._sock.send(_HEAD.pack(9, events.ASK) + struct.pack("<Q", handle))
-            except OSError:
-                self._drop()
-
-    def close(self) -> None:
-        """End the link for good."""
-        if self._sock is not None:
-            self._loop.remove_reader(self._sock.fileno())
-            self._sock.close()
-            self._sock = None
-        self._path = None  # type: ignore[assignment]
-
-    def _connect(self) -> None:
-        if self._path is None:
+        """Ask what a handle means; OWNER or UNKNOWN answers. Nothing happens without a sensor."""
+        if self._sock is None:
             return
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.connect(str(self._path))
-            _, uid, _ = _PEER.unpack(
-                sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-            )
-            if uid != 0:
-                raise PermissionError(f"the sensor's socket belongs to uid {uid}")
+            sent = self._sock.send(events.ask(handle))
+        except BlockingIOError:
+            return  # the sensor is far behind; its answer would come too late anyway
         except OSError as wrong:
-            sock.close()
-            log.debug("no sensor yet: %s", wrong)
-            self._loop.call_later(RETRY_S, self._connect)
+            self._drop(str(wrong))
             return
-        sock.setblocking(False)
-        self._sock = sock
-        self._buffer.clear()
-        self._loop.add_reader(sock.fileno(), self._readable)
-
-    def _drop(self) -> None:
-        if self._sock is not None:
-            self._loop.remove_reader(self._sock.fileno())
-            self._sock.close()
-            self._sock = None
-            self.connected = False
-            self._loop.call_later(RETRY_S, self._connect)
+        if sent != len(events.ask(handle)):
+            self._drop("a question was sent in part")
 
     def drain(self) -> None:
         """Take in what has arrived, without waiting for the loop."""
         if self._sock is not None:
             self._readable()
 
+    def news(self) -> News:
+        """Return what came in since the last call."""
+        found, self._news = self._news, News(set(), set(), set(), hello=False)
+        return found
+
+    def close(self) -> None:
+        """End the link for good."""
+        self._disconnect()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _connect(self) -> None:
+        self._timer = None
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(str(self._path))
+            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+            uid = _PEER.unpack(credentials)[1]
+            if uid not in {0, os.geteuid()}:
+                raise PermissionError(f"the sensor's socket belongs to uid {uid}")
+        except OSError as wrong:
+            sock.close()
+            log.debug("no sensor: %s", wrong)
+            self._timer = self._loop.call_later(RETRY_S, self._connect)
+            return
+        self._sock = sock
+        self._messages = events.Messages()
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    def _disconnect(self) -> None:
+        if self._sock is not None:
+            self._loop.remove_reader(self._sock.fileno())
+            self._sock.close()
+            self._sock = None
+        if self.connected:
+            self.connected = False
+            self._away_since = time.monotonic()
+
+    def _drop(self, why: str) -> None:
+        log.warning("the sensor is gone: %s", why)
+        self._disconnect()
+        if self._timer is None:
+            self._timer = self._loop.call_later(RETRY_S, self._connect)
+
     def _readable(self) -> None:
         assert self._sock is not None
         try:
-            data = self._sock.recv(1 << 18)
+            data = self._sock.recv(_READ_BYTES)
+            if not data:
+                self._drop("it closed the connection")
+                return
+            for kind, body in self._messages.feed(data):
+                self._take(kind, body)
         except BlockingIOError:
             return
-        except OSError:
-            data = b""
-        if not data:
-            self._drop()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as wrong:
+            self._drop(f"{type(wrong).__name__}: {wrong}")
             return
-        self._buffer += data
-        at, buffer = 0, self._buffer
-        while len(buffer) - at >= _HEAD.size:
-            length, kind = _HEAD.unpack_from(buffer, at)
-            if not 1 <= length <= MOST_BYTES:
-                log.error("the sensor sent a message of %d bytes", length)
-                self._drop()
-                return
-            if len(buffer) - at < 4 + length:
-                break
-            self._take(kind, bytes(buffer[at + 5 : at + 4 + length]))
-            at += 4 + length
-        del buffer[:at]
         self._moved()
 
-    def _take(self, kind: int, body: bytes) -> None:
-        now = time.monotonic_ns()
-        try:
-            if kind == events.CONNECT:
-                event = events.Connect.unpack(body)
-                self._table.add_connect(
-                    event.saddr,
-                    event.sport,
-                    event.daddr,
-                    event.dport,
-                    event.handle,
-                    event.cgroup_id,
-                    event.ts,
-                    now,
-                )
-            elif kind == events.OWNER:
-                owner: dict[str, Any] = json.loads(body)
-                self._table.add_owner(int(owner["handle"], 16), owner, now)
-            elif kind == events.HELLO:
-                hello = json.loads(body)
-                fresh = [bytes.fromhex(key) for key in hello["mac_keys"]]
-                self.keys = (fresh + [key for key in self.keys if key not in fresh])[:8]
-                self.covers = list(hello["covers"])
-                self.connected = True
-            elif kind == events.LOST:
-                self.lost = sum(json.loads(body).values())
-        except (ValueError, KeyError, TypeError, struct.error) as wrong:
-            log.error("the sensor sent what cannot be read: %s", wrong)
+    def _take(self, kind: Message, body: bytes) -> None:
+        if kind is Message.HELLO:
+            self._hello(orjson.loads(body))
+        elif not self.connected:
+            raise ValueError(f"{kind.name} came before HELLO")
+        elif kind is Message.OWNER:
+            owner = orjson.loads(body)
+            handle = int(owner["handle"], 16)
+            self._table.add_owner(handle, owner, time.monotonic_ns())
+            self._news.handles.add(handle)
+        elif kind is Message.CONNECT:
+            event = events.Connect.parse(body)
+            key = (event.saddr, event.sport, event.daddr, event.dport)
+            self._table.add_connect(*key, event.handle, event.cgroup, event.ts, time.monotonic_ns())
+            self._news.connects.add(key)
+        elif kind is Message.UNKNOWN:
+            self._news.unknown.add(events.handle_of(body))
+        elif kind is Message.LOST:
+            self._lost(orjson.loads(body))
+
+    def _hello(self, hello: dict[str, Any]) -> None:
+        keys = [bytes.fromhex(key) for key in hello["mac_keys"]]
+        if any(len(key) != KEY_BYTES for key in keys):
+            raise ValueError("a MAC key has 16 bytes")
+        said = [ipaddress.ip_network(text) for text in hello["covers"]]
+        host = (hello["host_id"], hello["boot_id"])
+        if host != self._host:
+            self.keys, self._host = [], host
+        self.keys = (keys + [key for key in self.keys if key not in keys])[:MOST_KEYS]
+        self.covers = (*self._configured, *said)
+        if not self.connected:
+            self.connected = True
+            self._losses = 0
+            log.info("sensor of host %s is connected", hello["host_id"])
+        self._news = self._news._replace(hello=True)
+
+    def _lost(self, counters: dict[str, Any]) -> None:
+        self.lost = sum(value for value in counters.values() if isinstance(value, int))
+        if self.lost > self._losses:
+            # A connect event may be among them, and then an older one stands for the wrong process.
+            self._table.forget_connects()
+        self._losses = self.lost

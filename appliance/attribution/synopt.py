@@ -1,16 +1,17 @@
 """The identity option of a SYN: found in what the kernel kept of the SYN, and verified.
 
-`appliance.attribution.join` calls it once per accepted connection, with what getsockopt(TCP_SAVED_SYN) gave: the IP and
-TCP headers, nothing else. It does no I/O and never raises on any bytes: a SYN is written by strangers.
+`appliance.attribution.join` calls it once per accepted connection, with what
+getsockopt(TCP_SAVED_SYN) gave: the IP and TCP headers, nothing else. It does no I/O and never
+raises on any bytes: a SYN is written by strangers.
 
 On the wire (RFC 6994 shared experimental option; `ebpf/programs` writes it), little-endian numbers:
 
     253 | length 20 or 16 | "NH" | handle, 8 bytes | MAC, 8 or 4 bytes
 
-The MAC is SipHash-2-4 under a key that sensor and gate share, over six 64-bit words: the handle; ISN << 32 |
-source port << 16 | destination port; and the addresses. The kernel loads ports, ISN and addresses as they
-lie in the packet, so on a little-endian machine each word is a rearrangement of the packet's bytes and no
-number is ever decoded. An IPv4 SYN leaves the last three words zero.
+The MAC is SipHash-2-4 under a key that sensor and gate share, over six 64-bit words: the handle;
+ISN << 32 | source port << 16 | destination port; and the addresses. The kernel loads ports, ISN and
+addresses as they lie in the packet, so on a little-endian machine each word is a rearrangement of
+the packet's bytes and no number is ever decoded. An IPv4 SYN leaves the last three words zero.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ EXID = b"NH"
 _END, _NOP = 0, 1
 _V4_REST = bytes(24)
 _TCP = 6
-#: IPv6 extension headers that may stand before TCP, and whether their length is in 8-byte units (RFC 8200).
+#: IPv6 extension headers that may stand before TCP: hop-by-hop, routing, destination (RFC 8200).
 _EXTENSIONS = frozenset({0, 43, 60})
 _MOST_EXTENSIONS = 8
 
@@ -42,7 +43,7 @@ class SynOption(NamedTuple):
 
 
 def find(saved: bytes) -> SynOption | None:
-    """Return the identity option of a saved SYN; None when there is none, or the headers make no sense."""
+    """Return the identity option of a saved SYN; None without one, or when it makes no sense."""
     size = len(saved)
     if size < 40:
         return None
@@ -103,9 +104,10 @@ def _after_extensions(saved: bytes) -> int:
 
 
 def verified(option: SynOption, keys: Iterable[bytes]) -> int | None:
-    """Return the full 64-bit MAC when one of `keys` (16 bytes each) made the option's MAC; None otherwise.
+    """Return the full 64-bit MAC when one of `keys` (16 bytes each) made the option's; else None.
 
-    The full MAC stands for this very SYN, also when the option carried only half of it: the replay cache keeps it.
+    The full MAC stands for this very SYN, also when the option carried only half of it: the replay
+    cache keeps it.
     """
     mac = option.mac
     if not mac:
