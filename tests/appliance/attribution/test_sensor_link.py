@@ -1,0 +1,86 @@
+import json
+
+import identity_syns as syns
+import pytest
+from speaking_sensor import owner
+
+from ebpf import events
+from ebpf.events import Message
+
+
+def test_hello_brings_keys_and_covered_clients(bench):
+    assert bench.link.keys == [syns.KEY]
+    assert [str(net) for net in bench.link.covers] == ["192.0.2.0/24", "2001:db8:1::/64"]
+
+
+def test_owners_and_connects_reach_the_table(bench):
+    bench.sensor.owner(owner())
+    bench.sensor.connect(syns.CLIENT6, syns.TARGET6)
+    bench.until(lambda: len(bench.table) == 2)
+    assert bench.table.by_handle(syns.HANDLE)["exe"] == "/usr/bin/psql"
+
+
+def test_messages_cut_anywhere_arrive_whole(bench):
+    record = events.message(Message.OWNER, json.dumps(owner()).encode())
+    for at in range(len(record)):
+        bench.sensor.say(record[at : at + 1])
+        bench.link.drain()
+    bench.until(lambda: bench.table.by_handle(syns.HANDLE) is not None)
+
+
+def test_a_link_that_finds_no_sensor_gets_one_later(make_bench):
+    bench = make_bench(sensor=False)
+    assert not bench.link.connected
+    bench.start_sensor()
+    bench.sensor.owner(owner())
+    bench.until(lambda: bench.table.by_handle(syns.HANDLE) is not None)
+
+
+def test_a_sensor_that_comes_back_adds_its_key_and_the_older_stays_valid(bench):
+    bench.sensor.owner(owner())
+    bench.until(lambda: bench.table.by_handle(syns.HANDLE) is not None)
+    bench.stop_sensor()
+    bench.start_sensor(keys=[syns.OTHER_KEY])
+    assert bench.link.keys == [syns.OTHER_KEY, syns.KEY]
+    assert bench.table.by_handle(syns.HANDLE) is not None
+    bench.stop_sensor()
+    bench.start_sensor(keys=[bytes([n]) * 16 for n in range(20)])
+    assert len(bench.link.keys) == 8
+
+
+def test_the_keys_of_an_earlier_boot_are_forgotten(bench):
+    bench.stop_sensor()
+    bench.start_sensor(keys=[syns.OTHER_KEY], boot="another")
+    assert bench.link.keys == [syns.OTHER_KEY]
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"\xff" * 64,
+        events.message(Message.OWNER, b"no json"),
+        events.message(Message.OWNER, b"{}"),
+        events.message(Message.OWNER, b"[]"),
+        events.message(Message.CONNECT, b"short"),
+        events.message(Message.UNKNOWN, b"short"),
+        events.message(Message.HELLO, b'{"mac_keys": ["00"], "covers": []}'),
+        b"\x01\x00\x00\x00\xee",
+    ],
+)
+def test_nonsense_ends_the_connection_and_the_link_comes_back(bench, nonsense):
+    bench.sensor.say(nonsense)
+    bench.until(lambda: not bench.link.connected)
+    bench.until(lambda: bench.link.connected)
+
+
+def test_lost_events_are_counted_and_make_older_connects_untrusted(bench):
+    bench.sensor.connect(syns.CLIENT, syns.TARGET)
+    bench.until(lambda: len(bench.table) == 1)
+    bench.sensor.lost(connect_ring=2, record_ring=1)
+    bench.until(lambda: bench.attributor.lost == 3)
+    assert len(bench.table) == 0
+    bench.sensor.connect(syns.CLIENT, syns.TARGET)
+    bench.sensor.lost(connect_ring=2, record_ring=1)
+    bench.sensor.owner(owner())
+    bench.until(lambda: bench.table.by_handle(syns.HANDLE) is not None)
+    assert len(bench.table) == 2
