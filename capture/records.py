@@ -39,8 +39,9 @@ class Attributed:
     account: str | None  #: name of the service account
     assurance: str  #: "kernel", "network" or "none"
     how: str  #: "syn" (verified SYN option), "event" (connect event), "network" (source), "none"
-    reason: str | None = None  #: no-sensor, no-owner, no-account, ambiguous, forged, replayed, timeout
-    candidates: tuple[str, ...] = ()  #: accounts that matched, when ambiguous
+    #: no-sensor, no-owner, no-account, ambiguous, expired, forged, replayed, timeout, not-connected
+    reason: str | None = None
+    candidates: tuple[str, ...] = ()  #: accounts that matched, when ambiguous or expired
     owner: dict[str, Any] | None = None  #: kernel facts, see docs/evidence-format.md "Owner"
     waited_ns: int = 0  #: time from accept to this answer
 
