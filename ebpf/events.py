@@ -34,7 +34,7 @@ _MAPPED = bytes(10) + b"\xff\xff"
 CONNECT: Final = struct.Struct("<5Q4I16s16s16sHHI")
 RECORD: Final = struct.Struct("<4Q6I16s256s512s")
 RECORD_HEAD: Final = struct.Struct("<4Q6I16s")
-PROCESS: Final = struct.Struct("<3Q4I")
+PROCESS: Final = struct.Struct("<3Q2IiI")
 IDENT: Final = struct.Struct("<3Q4I16s")
 SETTINGS: Final = struct.Struct("<4Q4I")
 

@@ -57,7 +57,7 @@ class OwnerTable:
             self.evicted_owners += 1
         self._owners[handle] = (now_ns + self._owner_ns, owner)
 
-    def add_connect(  # noqa: PLR0917 - a 4-tuple, as the kernel gives it
+    def add_connect(
         self,
         saddr: bytes,
         sport: int,
