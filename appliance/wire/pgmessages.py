@@ -1,0 +1,198 @@
+"""Bodies of PostgreSQL 3.x messages: what they say, as plain values.
+
+Called by `appliance.protocols.postgresql` with a message's body (after type and length), which may
+be cut off at its limit. Every function raises `Malformed` when the body is not what the protocol
+says (PostgreSQL documentation, "Message Formats"); none keeps a reference to the body.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from struct import error as struct_error
+from typing import Any, NamedTuple
+
+from appliance.wire.pgtypes import decode, text_of
+
+CANCEL_REQUEST = 80877102
+SSL_REQUEST = 80877103
+GSSENC_REQUEST = 80877104
+MOST_STARTUP_BYTES = 10_000  #: the server's MAX_STARTUP_PACKET_LENGTH
+MOST_CANCEL_BYTES = 12 + 256  #: 3.2: the key has up to 256 bytes
+
+_MOST_MESSAGE_CHARS = 4 * 1024
+_MOST_BINDS_BYTES = 64 * 1024
+_MOST_COLUMNS = 1_664  #: the server's MaxTupleAttributeNumber
+
+_INT2 = Struct("!h").unpack_from
+_COUNT = Struct("!H").unpack_from
+_INT4 = Struct("!i").unpack_from
+_UINT4 = Struct("!I").unpack_from
+_COLUMN = Struct("!IhIhih").unpack_from
+_FIXED_COLUMN_BYTES = 18
+
+
+class Malformed(Exception):
+    """A body is not what the protocol says."""
+
+
+class Parse(NamedTuple):
+    """Parse: `text` is the raw statement; `oids` are the types that the client gave, 0 for none."""
+
+    name: bytes
+    text: bytes
+    oids: tuple[int, ...]
+
+
+class Bind(NamedTuple):
+    """Bind, up to its values: `position` is where the value count stands in the body."""
+
+    portal: bytes
+    statement: bytes
+    formats: tuple[int, ...]
+    position: int
+
+
+def cstring(body: bytes, position: int) -> tuple[bytes, int]:
+    """Return the bytes up to the next zero byte, and the position after it."""
+    end = body.find(b"\0", position)
+    if end < 0:
+        raise Malformed("a string has no end")
+    return body[position:end], end + 1
+
+
+def startup_parameters(body: bytes) -> dict[str, str]:
+    """Return the name and value pairs of a StartupMessage (from its 9th byte on)."""
+    parameters: dict[str, str] = {}
+    position = 0
+    while position < len(body) and body[position]:
+        name, position = cstring(body, position)
+        value, position = cstring(body, position)
+        parameters[text_of(name)] = text_of(value)
+    if position != len(body) - 1:
+        raise Malformed("startup parameters do not end where the packet does")
+    return parameters
+
+
+def parse(body: bytes, *, cut: bool) -> Parse:
+    """Return a Parse message; of a cut one the text goes as far as the body and the types are not
+    known.
+    """
+    name, position = cstring(body, 0)
+    if cut and body.find(b"\0", position) < 0:
+        return Parse(name, body[position:], ())
+    text, position = cstring(body, position)
+    if cut:
+        return Parse(name, text, ())
+    try:
+        (count,) = _COUNT(body, position)
+        if len(body) != position + 2 + 4 * count:
+            raise Malformed("Parse has other types than it says")
+        return Parse(
+            name, text, tuple(_UINT4(body, position + 2 + 4 * number)[0] for number in range(count))
+        )
+    except struct_error as wrong:
+        raise Malformed("Parse is cut") from wrong
+
+
+def bind(body: bytes) -> Bind:
+    """Return the head of a Bind message."""
+    end = body.find(b"\0")
+    stop = body.find(b"\0", end + 1)
+    if end < 0 or stop < 0:
+        raise Malformed("a name in Bind has no end")
+    try:
+        (count,) = _COUNT(body, stop + 1)
+        position = stop + 3 + 2 * count
+        formats = (
+            tuple(_INT2(body, stop + 3 + 2 * number)[0] for number in range(count)) if count else ()
+        )
+    except struct_error as wrong:
+        raise Malformed("Bind is cut") from wrong
+    return Bind(body[:end], body[end + 1 : stop], formats, position)
+
+
+def values(
+    body: bytes, position: int, formats: tuple[int, ...], oids: tuple[int, ...], *, cut: bool
+) -> tuple[Any, ...]:
+    """Return the decoded values of a Bind or FunctionCall, from the value count at `position`.
+
+    Values beyond the first 64 KiB, and those of a cut body, are counted in a last {"omitted": n}.
+    """
+    try:
+        (count,) = _COUNT(body, position)
+        if not count:
+            return ()
+        if len(formats) > 1 and len(formats) != count:
+            raise Malformed("there are other formats than values")
+        position += 2
+        limit = min(len(body), position + _MOST_BINDS_BYTES)
+        found: list[Any] = []
+        for number in range(count):
+            if position + 4 > limit:
+                return _omitted(found, count, cut=cut or len(body) > limit)
+            (length,) = _INT4(body, position)
+            position += 4
+            if length < 0:
+                found.append(None)
+                continue
+            if position + length > limit:
+                return _omitted(found, count, cut=cut or position + length <= len(body))
+            oid = oids[number] if number < len(oids) else 0
+            binary = bool(formats) and (formats[number] if len(formats) > 1 else formats[0]) == 1
+            found.append(decode(body[position : position + length], oid, binary=binary))
+            position += length
+    except struct_error as wrong:
+        raise Malformed("values are cut") from wrong
+    return tuple(found)
+
+
+def _omitted(found: list[Any], count: int, *, cut: bool) -> tuple[Any, ...]:
+    if not cut:
+        raise Malformed("a value is longer than its message")
+    return (*found, {"omitted": count - len(found)})
+
+
+def error_fields(body: bytes) -> dict[str, str]:
+    """Return the fields of ErrorResponse or NoticeResponse by their one-letter codes."""
+    fields: dict[str, str] = {}
+    position = 0
+    while position < len(body) and body[position]:
+        code = chr(body[position])
+        end = body.find(b"\0", position + 1)
+        if end < 0:
+            end = len(body)
+        fields[code] = text_of(body[position + 1 : end])[:_MOST_MESSAGE_CHARS]
+        position = end + 1
+    return fields
+
+
+def columns(body: bytes) -> tuple[tuple[str, int], ...]:
+    """Return (name, type oid) of each column of a RowDescription."""
+    try:
+        (count,) = _COUNT(body, 0)
+        position = 2
+        found: list[tuple[str, int]] = []
+        for _ in range(min(count, _MOST_COLUMNS)):
+            end = body.index(b"\0", position)
+            found.append((text_of(body[position:end]), _COLUMN(body, end + 1)[2]))
+            position = end + 1 + _FIXED_COLUMN_BYTES
+    except (struct_error, ValueError) as wrong:
+        raise Malformed("RowDescription is cut") from wrong
+    return tuple(found)
+
+
+def parameter_types(body: bytes) -> tuple[int, ...]:
+    """Return the type oids of a ParameterDescription."""
+    try:
+        (count,) = _COUNT(body, 0)
+        return tuple(_UINT4(body, 2 + 4 * number)[0] for number in range(count))
+    except struct_error as wrong:
+        raise Malformed("ParameterDescription is cut") from wrong
+
+
+def error_response(sqlstate: str, message: str) -> bytes:
+    """Return a FATAL ErrorResponse as the server itself would send it."""
+    text = message.replace("\0", "")[:1_024].encode("utf-8", "backslashreplace")
+    state = sqlstate.encode()
+    body = b"SFATAL\0VFATAL\0C" + state + b"\0M" + text + b"\0\0"
+    return b"E" + (len(body) + 4).to_bytes(4, "big") + body
