@@ -1,167 +1,120 @@
 """Transparent redirect: `plan` says what would change, `apply` does it, `undo` takes it back.
 
-The command line and the gate call it, inside the network namespace that routes. Only netlink is used. Every change is a
-`Step`; in `apply` the guard comes first and the rule set is one transaction, in `undo` the guard goes last: an interruption
-after any step leaves redirected clients closed, never unrecorded.
+The command line and the gate call it, inside the network namespace that routes, and never on a
+thread with a running event loop: pyroute2 runs one of its own. Only netlink is used, only what is
+ours is touched: table inet narrows (`rules`) and the policy rules and routes that carry our
+protocol number (`routing`).
+
+Order is safety. Every change is one system call, so the kernel has taken all of it or none when a
+process dies:
+
+    apply   1 the guard: from here on client subnets are closed   2 the rule set   3 guard rules that are not needed any more
+    undo    1 the rule set: client subnets are closed             2 the guard
+
+After any number of these steps a connection of a client goes through the listener or fails, unless
+nothing was applied before and the first step was not reached. A rule set that is gone while the
+guard stands (`nft flush ruleset`) fails closed.
 """
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from appliance.proxy.redirect import nft, routing, rules
+from appliance.proxy.redirect.checks import Problem, check, client_interfaces, own_addresses
+from appliance.proxy.redirect.counts import bypass_gaps, bypassed, counted, settle_bypass
+from appliance.proxy.redirect.rules import MARK_LOCAL, MARK_PASS, TABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from appliance.config import Config
 
-__all__ = ["RedirectError", "Step", "apply", "bypassed", "check", "own_addresses", "plan", "state", "undo", "undo_steps"]
+__all__ = [
+    "MARK_LOCAL", "MARK_PASS", "TABLE", "Problem", "RedirectError", "Step", "apply", "bypass_gaps", "bypassed", "check",
+    "client_interfaces", "counted", "own_addresses", "plan", "settle_bypass", "undo", "undo_steps",
+]  # fmt: skip
 
 
 class RedirectError(Exception):
-    """The kernel refused the redirect, or applied something else than was asked for."""
+    """The kernel refused the redirect, or has something else than was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One change; `text` says it to a person."""
+    """One change, in one system call; `text` says it to a person. `run` raises NetlinkError."""
 
     text: str
     run: Callable[[], None]
 
 
 def plan(config: Config) -> list[Step]:
-    """Return the steps that bring the kernel from what it has to what the configuration says, in order."""
+    """Return the steps from what the kernel has to what the configuration says, in order; empty
+    when it has it.
+    """
     steps = []
-    present, wanted = routing.present(), routing.wanted(config)
-    if not any(rule.interface for rule in wanted):
-        raise RedirectError("no interface leads to [redirect] clients: add their route first")
-    for rule in wanted:
-        if rule not in present:
-            steps.append(Step(f"add {_say(rule)}", lambda rule=rule: routing.add(rule)))  # type: ignore[misc]
-    if not routing.local_routes_present():
-        steps.append(Step(f"add local routes in table {routing.LOCAL_TABLE}", routing.add_local_routes))
-    batch, _ = rules.build(config)
-    applied = [names for names, _, _ in nft.dump(rules.TABLE)]
-    if applied != batch.shape or rules.stamp(config) not in nft.set_names(rules.TABLE):
-        verb = "replace" if nft.table_exists(rules.TABLE) else "make"
-        text = f"{verb} nftables table inet {rules.TABLE} ({len(batch.shape)} rules)"
-        steps.append(Step(text, lambda: _commit(config)))
-    for rule in present:
-        if rule not in wanted:
-            steps.append(Step(f"remove {_say(rule)}", lambda rule=rule: routing.remove(rule)))  # type: ignore[misc]
+    change = routing.changes(config)
+    guard = routing.Changes(add=change.add, add_local=change.add_local)
+    if guard:
+        steps.append(Step(str(guard), lambda: routing.make(guard)))
+    table = rules.build(config, client_interfaces(config), rules.generation(nft.read(TABLE)))
+    wrong = nft.differences(table)
+    if wrong:
+        size = sum(len(chain) for chain in table.chains.values())
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        text = f"write table inet {TABLE}, {size} rules: {wrong[0]}{more}"
+        steps.append(Step(text, lambda: nft.replace(table)))
+    surplus = routing.Changes(remove=change.remove)
+    if surplus:
+        steps.append(Step(str(surplus), lambda: routing.make(surplus)))
     return steps
 
 
 def apply(config: Config) -> list[str]:
-    """Apply the configuration and compare what the kernel has with it; return what was done.
+    """Apply the configuration, read back what the kernel has and compare; return what was done.
 
-    Idempotent. Raises RedirectError when the kernel refuses, or reads back something else.
+    Idempotent, and repairs whatever half of it is there. Raises RedirectError.
     """
-    try:
-        steps = plan(config)
-        for step in steps:
-            step.run()
-        left = plan(config)
-    except NetlinkError as refused:
-        raise RedirectError(f"the kernel refused the redirect: {refused}") from refused
+    steps = plan(config)
+    for step in steps:
+        _run(step)
+    left = plan(config) if steps else []
     if left:
-        raise RedirectError(f"the kernel applied something else: still to do: {left[0].text}")
+        raise RedirectError(
+            f"the kernel has something else than was applied; still to do: {left[0].text}"
+        )
     return [step.text for step in steps]
 
 
 def undo_steps() -> list[Step]:
-    """Return the steps that remove everything of ours, the guard last."""
+    """Return the steps that remove everything of ours, the guard last. Counts that nobody recorded
+    go with it.
+    """
     steps = []
-    if nft.table_exists(rules.TABLE):
-        steps.append(Step(f"remove nftables table inet {rules.TABLE}", _delete_table))
-    present = sorted(routing.present(), key=lambda rule: bool(rule.interface))
-    if routing.local_routes_present():
-        steps.append(Step(f"empty table {routing.LOCAL_TABLE}", routing.remove_local_routes))
-    for rule in present:
-        steps.append(Step(f"remove {_say(rule)}", lambda rule=rule: routing.remove(rule)))  # type: ignore[misc]
+    if nft.read(TABLE).exists:
+        steps.append(Step(f"remove table inet {TABLE}", lambda: nft.remove(TABLE)))
+    change = routing.removal()
+    if change:
+        steps.append(Step(str(change), lambda: routing.make(change)))
     return steps
 
 
 def undo() -> list[str]:
-    """Remove everything of ours; return what was done."""
+    """Remove everything of ours; return what was done. Raises RedirectError."""
     steps = undo_steps()
     for step in steps:
-        step.run()
+        _run(step)
+    left = undo_steps()
+    if left:
+        raise RedirectError(f"the kernel still has something of ours; still to do: {left[0].text}")
     return [step.text for step in steps]
 
 
-def state(config: Config) -> dict[str, tuple[int, int]]:
-    """Return (packets, bytes) of each counted purpose of the applied rule set; empty when it is not ours."""
-    batch, purposes = rules.build(config)
-    applied = nft.dump(rules.TABLE)
-    if [names for names, _, _ in applied] != batch.shape:
-        return {}
-    return {
-        purpose: (sum(applied[n][1] for n in numbers), sum(applied[n][2] for n in numbers))
-        for purpose, numbers in purposes.items()
-    }
-
-
-def bypassed(config: Config) -> list[tuple[str, int, int]]:
-    """Return (route, packets, bytes) that passed unrecorded since the rules were applied."""
-    return [
-        (purpose.removeprefix("bypass:"), packets, size)
-        for purpose, (packets, size) in state(config).items()
-        if purpose.startswith("bypass:") and packets
-    ]
-
-
-def renew(config: Config) -> None:
-    """Replace the rule set, which sets its counters to zero. One transaction: nothing passes in between."""
-    _commit(config)
-
-
-def own_addresses() -> set[str]:
-    """Return every address of this network namespace, as text."""
-    with IPRoute() as ip:
-        return {str(message.get_attr("IFA_ADDRESS")) for message in ip.get_addr()}
-
-
-def check(config: Config) -> list[str]:
-    """Return what would keep sessions from working, each with what to do; empty when nothing is found."""
-    problems = []
-    for path, wanted, hint in (
-        ("net/ipv4/ip_forward", "1", "sysctl -w net.ipv4.ip_forward=1"),
-        ("net/ipv4/conf/all/rp_filter", "0", "strict filters drop the return path: sysctl -w net.ipv4.conf.all.rp_filter=0"),
-    ):
-        with contextlib.suppress(OSError):
-            value = Path("/proc/sys", path).read_text(encoding="ascii").strip()
-            if value != wanted:
-                problems.append(f"{path.replace('/', '.')} is {value}: {hint}")
-    if not routing.client_interfaces(config):
-        problems.append("no interface leads to [redirect] clients: add their route")
-    if any(r.source == "client" for r in config.route) and not config.redirect.clients:
-        problems.append('source = "client" needs [redirect] clients')
-    return problems
-
-
-def _say(rule: routing.PolicyRule) -> str:
-    version = "IPv6" if rule.family == 10 else "IPv4"
-    if rule.interface:
-        return f"{version} rule {rule.priority}: from {rule.interface} unreachable (guard)"
-    return f"{version} rule {rule.priority}: mark {rule.mark} to table {rule.table}"
-
-
-def _commit(config: Config) -> None:
-    batch, _ = rules.build(config)
-    batch.commit()
-
-
-def _delete_table() -> None:
-    batch = nft.Batch(rules.TABLE)
-    batch.table()
-    batch.delete_table()
-    batch.commit()
+def _run(step: Step) -> None:
+    try:
+        step.run()
+    except NetlinkError as refused:
+        raise RedirectError(f"the kernel refused to {step.text}: {refused}") from refused

@@ -1,235 +1,466 @@
-"""nftables through netlink: the few expressions that the redirect needs, and one atomic batch.
+"""The parts of an nftables table: expressions, rules, chains, sets, counters; one atomic
+replacement; and reading it all back.
 
-Only `appliance.proxy.redirect.rules` builds rules with it. pyroute2's nftables messages want integers where libnftables wants
-names, and encode some attributes in their own way; each oddity is noted where it stands. Registers and keys:
-linux/netfilter/nf_tables.h.
+`appliance.proxy.redirect.rules` builds a `Table` with it, `replace` makes the kernel's table equal
+to it in one transaction, and `differences` says where the kernel's table is something else. Names
+and numbers: linux/netfilter/nf_tables.h. Nothing here knows what the rules are for, and no other
+table is ever touched.
+
+Counters and dynamic sets outlive a replacement, so that nothing that was counted is lost by it.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import struct
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
 
-from pyroute2.netlink import NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST
-from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_NFTABLES, nfgen_msg, nftsocket
-from pyroute2.nftables.expressions import genex
-from pyroute2.nftables.main import NFTables
+from pyroute2.netlink import NLM_F_APPEND, NLM_F_CREATE
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+from appliance.proxy.redirect.netlink import (
+    Tree,
+    agrees,
+    be32,
+    dump,
+    first,
+    get,
+    parse,
+    text,
+    transact,
+)
 
-    from appliance.config import Network
+NEWTABLE, GETTABLE, DELTABLE, NEWCHAIN, GETCHAIN, DELCHAIN = range(6)
+NEWRULE, GETRULE, DELRULE, NEWSET, GETSET, DELSET = range(6, 12)
+NEWSETELEM, GETSETELEM, DELSETELEM = range(12, 15)
+NEWOBJ, GETOBJ, DELOBJ, GETOBJ_RESET = range(18, 22)
 
-INET = 1
-FILTER_PREROUTING = 0
-PRIORITY_MANGLE = -150
-BATCH_BEGIN, BATCH_END = 0x10, 0x11
-TYPE_IPV4, TYPE_IPV6, TYPE_SERVICE = 7, 8, 13
-TCP, UDP, ICMP, ICMPV6 = 6, 17, 1, 58
-META_MARK, META_NFPROTO, META_L4PROTO = 3, 15, 16
+PREROUTING, MANGLE = 0, -150
+TYPE_IPV4, TYPE_IPV6, TYPE_PROTOCOL, TYPE_PORT, TYPE_MARK, TYPE_IFNAME = 7, 8, 12, 13, 19, 41
+META_MARK, META_IIFNAME, META_NFPROTO, META_L4PROTO = 3, 6, 15, 16
+FIB_SADDR, FIB_DADDR, FIB_IIF, FIB_PRESENT = 1, 2, 8, 32
+NETWORK, TRANSPORT = 1, 2  #: bases of `payload`
+_SET_INTERVAL, _SET_TIMEOUT, _SET_EVAL = 0x4, 0x10, 0x20
+_OBJECT_COUNTER = 1
+_ELEMENTS_AT_ONCE = 500  # an attribute ends at 64 KiB
+_GOTO = -4
+_HOST_ORDER = struct.pack("=BBI", 0, 4, 1)  # of keys; only `nft list` looks at it
 
-Expression = Any
-
-
-def _value(data: bytes) -> dict[str, Any]:
-    return {"attrs": [("NFTA_DATA_VALUE", data)]}
-
-
-def meta(key: int) -> Expression:
-    """Load a meta key into register 1."""
-    return genex("meta", {"key": key, "dreg": 1})
-
-
-def equals(data: bytes) -> Expression:
-    """Continue when register 1 equals `data`."""
-    return genex("cmp", {"sreg": 1, "op": 0, "data": _value(data)})
+Expression = Tree
 
 
-def between(low: bytes, high: bytes) -> list[Expression]:
-    """Continue when low <= register 1 <= high."""
-    at_least = genex("cmp", {"sreg": 1, "op": 5, "data": _value(low)})
-    at_most = genex("cmp", {"sreg": 1, "op": 3, "data": _value(high)})
-    return [at_least, at_most]
+def _expression(name: str, *attributes: tuple[int, bytes | Tree]) -> Expression:
+    return ((1, text(name)), (2, attributes))
+
+
+def meta(key: int, register: int = 1) -> Expression:
+    """Load a meta key into a register."""
+    return _expression("meta", (1, be32(register)), (2, be32(key)))
 
 
 def payload(base: int, offset: int, length: int, register: int = 1) -> Expression:
-    """Load packet bytes into a register; base 1 is the network header, 2 the transport header."""
-    return genex("payload", {"dreg": register, "base": base, "offset": offset, "len": length})
+    """Load bytes of the packet, from its network or transport header, into a register."""
+    numbers = (register, base, offset, length)
+    return _expression("payload", *((n, be32(value)) for n, value in enumerate(numbers, 1)))
 
 
-def in_set(name: str) -> Expression:
-    """Continue when register 1 is in a set."""
-    return genex("lookup", {"set": name, "sreg": 1})
+def load(value: bytes, register: int = 1) -> Expression:
+    """Load a constant into a register."""
+    return _expression("immediate", (1, be32(register)), (2, ((1, value),)))
+
+
+def equals(value: bytes) -> Expression:
+    """Continue when register 1 is `value`."""
+    return _expression("cmp", (1, be32(1)), (2, be32(0)), (3, ((1, value),)))
+
+
+def in_set(name: str, *, inverted: bool = False) -> Expression:
+    """Continue when register 1 is in a set, or is not."""
+    return _expression("lookup", (1, text(name)), (2, be32(1)), (5, be32(inverted)))
 
 
 def set_mark(mark: int) -> list[Expression]:
-    """Set the packet mark."""
-    number = genex("immediate", {"dreg": 1, "data": _value(struct.pack("=I", mark))})
-    return [number, genex("meta", {"key": META_MARK, "sreg": 1})]
+    """Set the packet's mark, which the policy rules look at."""
+    return [load(struct.pack("=I", mark)), _expression("meta", (2, be32(META_MARK)), (3, be32(1)))]
 
 
 def own_sockets() -> list[Expression]:
-    """Continue when the packet belongs to a connected transparent socket of this host."""
-    transparent = genex("socket", {"key": 0, "dreg": 1})
-    wildcard = genex("socket", {"key": 2, "dreg": 1})
+    """Continue when the packet, or what an ICMP error is about, belongs to a transparent socket
+    that is no listener.
+    """
+    transparent = _expression("socket", (1, be32(0)), (2, be32(1)))
+    wildcard = _expression("socket", (1, be32(2)), (2, be32(1)))
     return [transparent, equals(b"\1"), wildcard, equals(b"\0")]
 
 
 def to_local() -> list[Expression]:
-    """Continue when the destination is an address of this host.
+    """Continue when the destination is an address of this host."""
+    found = _expression("fib", (1, be32(1)), (2, be32(3)), (3, be32(FIB_DADDR)))
+    return [found, equals(struct.pack("=I", 2))]
 
-    The fib result is encoded by pyroute2 as flags: address type (3) must be given as {UNSPEC, OIF}.
+
+def source_elsewhere() -> list[Expression]:
+    """Continue when no route leads back to the source through the interface that the packet came in
+    on.
     """
-    result = {"NFT_FIB_RESULT_UNSPEC", "NFT_FIB_RESULT_OIF"}
-    return [genex("fib", {"dreg": 1, "result": result, "flags": 2}), equals(struct.pack("=I", 2))]
+    flags = FIB_SADDR | FIB_IIF | FIB_PRESENT
+    return [_expression("fib", (1, be32(1)), (2, be32(1)), (3, be32(flags))), equals(bytes(4))]
 
 
 def to_listener(family: int, port: int) -> list[Expression]:
-    """Give the packet to the transparent listener on `port`; the rule ends here when there is none."""
-    number = genex("immediate", {"dreg": 1, "data": _value(struct.pack(">H", port))})
-    return [number, genex("tproxy", {"family": family, "reg_port": 1})]
+    """Give the packet to the transparent listener on `port`; the rule ends here when there is
+    none.
+    """
+    return [load(struct.pack(">H", port)), _expression("tproxy", (1, be32(family)), (3, be32(1)))]
 
 
 def strip_option(kind: int) -> Expression:
-    """Overwrite a TCP option with no-operations. Any other attribute makes the kernel refuse the rule."""
-    return genex("exthdr", {"type": kind, "op": 1})
+    """Overwrite a TCP option with no-operations. Any further attribute makes the kernel refuse the
+    rule.
+    """
+    return _expression("exthdr", (2, bytes([kind])), (6, be32(1)))
 
 
 def reject_port() -> Expression:
     """Answer with "port unreachable" of the packet's family."""
-    return genex("reject", {"type": 2, "icmp_code": 1})
+    return _expression("reject", (1, be32(2)), (2, b"\1"))
 
 
-def verdict(code: int) -> Expression:
-    """End with drop (0) or accept (1)."""
-    return genex(
-        "immediate",
-        {"dreg": 0, "data": {"attrs": [("NFTA_DATA_VERDICT", {"attrs": [("NFTA_VERDICT_CODE", code)]})]}},
+def count(name: str) -> Expression:
+    """Count in a named counter."""
+    return _expression("objref", (1, be32(_OBJECT_COUNTER)), (2, text(name)))
+
+
+def remember(name: str) -> Expression:
+    """Make or find the element of a dynamic set whose key starts in register 1; the rule ends when
+    the set is full.
+    """
+    return _expression("dynset", (1, text(name)), (3, be32(0)), (4, be32(1)))
+
+
+def goto(chain: str) -> Expression:
+    """Go on in another chain and do not come back."""
+    return _expression("immediate", (1, be32(0)), (2, ((2, ((1, be32(_GOTO)), (2, text(chain)))),)))
+
+
+def _verdict(code: int) -> Expression:
+    return _expression("immediate", (1, be32(0)), (2, ((2, ((1, be32(code)),)),)))
+
+
+DROP, ACCEPT = _verdict(0), _verdict(1)
+
+
+@dataclass(frozen=True, slots=True)
+class IntervalSet:
+    """A set of ranges; `elements` are (key, is the end of a range)."""
+
+    key_type: int
+    key_bytes: int
+    elements: frozenset[tuple[bytes, bool]]
+
+    @classmethod
+    def of(cls, key_type: int, key_bytes: int, ranges: list[tuple[int, int]]) -> IntervalSet:
+        """Return the set of inclusive ranges; those that touch become one."""
+        merged: list[list[int]] = []
+        for low, high in sorted(ranges):
+            if merged and low <= merged[-1][1] + 1:
+                merged[-1][1] = max(merged[-1][1], high)
+            else:
+                merged.append([low, high])
+        elements = {(low.to_bytes(key_bytes, "big"), False) for low, _ in merged}
+        last = (1 << key_bytes * 8) - 1
+        elements |= {
+            ((high + 1).to_bytes(key_bytes, "big"), True) for _, high in merged if high < last
+        }
+        return cls(key_type, key_bytes, frozenset(elements))
+
+    def definition(self) -> Tree:
+        """Return the attributes of the set itself."""
+        return ((3, be32(_SET_INTERVAL)), (4, be32(self.key_type)), (5, be32(self.key_bytes)))
+
+
+@dataclass(frozen=True, slots=True)
+class ExactSet:
+    """A set of single keys."""
+
+    key_type: int
+    key_bytes: int
+    elements: frozenset[tuple[bytes, bool]]
+
+    def definition(self) -> Tree:
+        """Return the attributes of the set itself."""
+        return ((4, be32(self.key_type)), (5, be32(self.key_bytes)), (13, _HOST_ORDER))
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicSet:
+    """A set that rules fill, each element with a counter; `timeout_ms` counts from an element's
+    first packet.
+    """
+
+    key_type: int
+    key_bytes: int
+    size: int
+    timeout_ms: int
+
+    def definition(self) -> Tree:
+        """Return the attributes of the set itself."""
+        return (
+            (3, be32(_SET_TIMEOUT | _SET_EVAL)),
+            (4, be32(self.key_type)),
+            (5, be32(self.key_bytes)),
+            (9, ((1, be32(self.size)),)),
+            (11, struct.pack(">Q", self.timeout_ms)),
+            (17, _expression("counter")),
+        )
+
+
+AnySet = IntervalSet | ExactSet | DynamicSet
+
+
+@dataclass(slots=True)
+class Table:
+    """What a table of family inet shall hold. `base` is the chain at prerouting; the rules of a
+    chain are in order.
+    """
+
+    name: str
+    base: str
+    chains: dict[str, list[list[Expression]]] = field(default_factory=dict)
+    sets: dict[str, AnySet] = field(default_factory=dict)
+    counters: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Applied:
+    """What the kernel has of a table: attributes of each object, by name."""
+
+    exists: bool
+    chains: dict[str, bytes]
+    rules: dict[str, list[bytes]]
+    sets: dict[str, bytes]
+    counters: dict[str, tuple[int, int]]  #: (packets, bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """One key of a set; `age_ms` and the counts are those of a dynamic set."""
+
+    key: bytes
+    end: bool
+    packets: int
+    bytes: int
+    age_ms: int
+
+
+def read(name: str) -> Applied:
+    """Return what the kernel has of a table."""
+    wanted = text(name)
+    chains, sets = {}, {}
+    rules: dict[str, list[bytes]] = {}
+    for data in dump(GETCHAIN):
+        if first(data, 1) == wanted:
+            chains[_name(data, 3)] = data
+    for data in dump(GETRULE, ((1, wanted),)):
+        if first(data, 1) == wanted:
+            rules.setdefault(_name(data, 2), []).append(data)
+    for data in dump(GETSET, ((1, wanted),)):
+        if first(data, 1) == wanted:
+            sets[_name(data, 2)] = data
+    exists = any(first(data, 1) == wanted for data in dump(GETTABLE))
+    return Applied(exists, chains, rules, sets, counters(name))
+
+
+def counters(table: str) -> dict[str, tuple[int, int]]:
+    """Return (packets, bytes) of each named counter of a table."""
+    found = {}
+    for data in dump(GETOBJ, ((1, text(table)), (3, be32(_OBJECT_COUNTER)))):
+        if first(data, 1) == text(table):
+            found[_name(data, 2)] = _counts(first(data, 4))
+    return found
+
+
+def reset_counter(table: str, name: str) -> tuple[int, int]:
+    """Set a named counter to zero and return what it had, with nothing lost in between."""
+    key: Tree = ((1, text(table)), (2, text(name)), (3, be32(_OBJECT_COUNTER)))
+    answers = get(GETOBJ_RESET, key)
+    return _counts(first(answers[0], 4)) if answers else (0, 0)
+
+
+def elements(table: str, name: str, timeout_ms: int = 0) -> list[Element]:
+    """Return the elements of a set; `timeout_ms` is the set's own, which the kernel may leave
+    out.
+    """
+    found = []
+    for data in dump(GETSETELEM, ((1, text(table)), (2, text(name)))):
+        for _, item in parse(first(data, 3) or b""):
+            key = first(item, 1, 1)
+            if key is None:
+                continue
+            flags, timeout, expires = first(item, 3), first(item, 4), first(item, 5)
+            packets, size = _counts(first(item, 7, 2))
+            whole = int.from_bytes(timeout, "big") if timeout else timeout_ms
+            age = whole - int.from_bytes(expires, "big") if expires else 0
+            end = bool(flags and flags[-1] & 1)
+            found.append(Element(key, end, packets, size, max(age, 0)))
+    return found
+
+
+def differences(table: Table) -> list[str]:
+    """Say, one text each, where the kernel's table is something else; empty when it is what is
+    wanted.
+    """
+    applied = read(table.name)
+    if not applied.exists:
+        return [f"table inet {table.name} is missing"]
+    found = [f"chain {name} is not ours" for name in applied.chains if name not in table.chains]
+    found += [f"set {name} is not ours" for name in applied.sets if name not in table.sets]
+    found += [
+        f"counter {name} is missing" for name in table.counters if name not in applied.counters
+    ]
+    for name, rules in table.chains.items():
+        found += _chain_differences(table, name, rules, applied)
+    for name, wanted in table.sets.items():
+        data = applied.sets.get(name)
+        if data is None or not agrees(_without_expression(wanted.definition()), data):
+            found.append(f"set {name} is {'missing' if data is None else 'another'}")
+        elif not isinstance(wanted, DynamicSet):
+            present = {(element.key, element.end) for element in elements(table.name, name)}
+            if present != wanted.elements:
+                found.append(f"set {name} has other elements")
+    return found
+
+
+def replace(table: Table) -> None:
+    """Make the kernel's table what is wanted, in one transaction; counters and dynamic sets keep
+    what they counted.
+    """
+    applied = read(table.name)
+    key: tuple[int, bytes] = (1, text(table.name))
+    messages: list[tuple[int, int, Tree]] = [(NEWTABLE, NLM_F_CREATE, (key,))]
+    if applied.exists:
+        messages.append((DELRULE, 0, (key,)))
+        stale = [name for name, data in applied.chains.items() if not _usable(table, name, data)]
+        messages += [(DELCHAIN, 0, (key, (3, text(name)))) for name in stale]
+        kept = {name for name, data in applied.sets.items() if _kept(table, name, data)}
+        messages += [
+            (DELSET, 0, (key, (2, text(name)))) for name in applied.sets if name not in kept
+        ]
+    else:
+        kept = set()
+    for name in table.counters:
+        messages.append(
+            (NEWOBJ, NLM_F_CREATE, (key, (2, text(name)), (3, be32(_OBJECT_COUNTER)), (4, ())))
+        )
+    for number, (name, wanted) in enumerate(table.sets.items(), 1):
+        if name not in kept:
+            messages += _new_set(key, name, wanted, number)
+    for name in table.chains:
+        messages.append((NEWCHAIN, NLM_F_CREATE, (key, *_chain(table, name))))
+    for name, rules in table.chains.items():
+        messages += rule_messages(table.name, name, rules)
+    transact(messages)
+
+
+def remove(table: str) -> None:
+    """Remove a table and all in it."""
+    transact([(DELTABLE, 0, ((1, text(table)),))])
+
+
+def forget(table: str, name: str, keys: list[bytes]) -> None:
+    """Remove keys of a set; all of them when `keys` is empty. Keys that are not there are an error
+    of the kernel's.
+    """
+    items = tuple((1, ((1, ((1, key),)),)) for key in keys)
+    transact(
+        [(DELSETELEM, 0, ((1, text(table)), (2, text(name)), *(((3, items),) if keys else ())))]
     )
 
 
-COUNTER: Expression = {"attrs": [("NFTA_EXPR_NAME", "counter")]}
-DROP, ACCEPT = verdict(0), verdict(1)
+def rule_messages(
+    table: str, chain: str, rules: list[list[Expression]]
+) -> list[tuple[int, int, Tree]]:
+    """Return the messages that append rules to a chain."""
+    return [
+        (
+            NEWRULE,
+            NLM_F_CREATE | NLM_F_APPEND,
+            (
+                (1, text(table)),
+                (2, text(chain)),
+                (4, tuple((1, expression) for expression in rule)),
+            ),
+        )
+        for rule in rules
+    ]
 
 
-class Batch:
-    """One transaction on our table: all of it or nothing."""
-
-    def __init__(self, table: str) -> None:
-        self._table = table
-        self._messages: list[Any] = []
-        self._sets = 0
-        self.shape: list[tuple[str, ...]] = []  #: names of the expressions of each rule, to compare what was applied
-
-    def _add(self, kind: type, number: int, flags: int, attributes: list[Any]) -> None:
-        message = kind()
-        message["attrs"] = attributes
-        message["header"]["type"] = NFNL_SUBSYS_NFTABLES << 8 | number
-        message["header"]["flags"] = NLM_F_REQUEST | NLM_F_ACK | flags
-        message["nfgen_family"] = INET
-        self._messages.append(message)
-
-    def table(self) -> None:
-        """Make the table if it is not there."""
-        self._add(nftsocket.nft_table_msg, nftsocket.NFT_MSG_NEWTABLE, NLM_F_CREATE, [["NFTA_TABLE_NAME", self._table]])
-
-    def delete_table(self) -> None:
-        """Remove the table and all in it."""
-        self._add(nftsocket.nft_table_msg, nftsocket.NFT_MSG_DELTABLE, 0, [["NFTA_TABLE_NAME", self._table]])
-
-    def chain(self, name: str) -> None:
-        """Make a base chain at prerouting, before routing decides."""
-        hook = {"attrs": [["NFTA_HOOK_HOOKNUM", FILTER_PREROUTING], ["NFTA_HOOK_PRIORITY", PRIORITY_MANGLE]]}
-        attributes = [
-            ["NFTA_CHAIN_TABLE", self._table], ["NFTA_CHAIN_NAME", name], ["NFTA_CHAIN_TYPE", "filter"],
-            ["NFTA_CHAIN_POLICY", 1], ["NFTA_CHAIN_HOOK", hook],
-        ]  # fmt: skip
-        self._add(nftsocket.nft_chain_msg, nftsocket.NFT_MSG_NEWCHAIN, NLM_F_CREATE | NLM_F_APPEND, attributes)
-
-    def rule(self, chain: str, expressions: Sequence[Expression]) -> None:
-        """Append a rule."""
-        self.shape.append(tuple(dict(e["attrs"])["NFTA_EXPR_NAME"] for e in expressions))
-        attributes = [
-            ["NFTA_RULE_TABLE", self._table], ["NFTA_RULE_CHAIN", chain], ["NFTA_RULE_EXPRESSIONS", list(expressions)],
-        ]  # fmt: skip
-        self._add(nftsocket.nft_rule_msg, nftsocket.NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, attributes)
-
-    def interval_set(self, name: str, key_type: int, key_bytes: int, ranges: Iterable[tuple[int, int]]) -> None:
-        """Make a set of the inclusive `ranges`; the end of an interval is an element with flag 1."""
-        self._sets += 1
-        attributes = [
-            ["NFTA_SET_TABLE", self._table], ["NFTA_SET_NAME", name], ["NFTA_SET_KEY_TYPE", key_type],
-            ["NFTA_SET_KEY_LEN", key_bytes], ["NFTA_SET_ID", self._sets], ["NFTA_SET_FLAGS", {"NFT_SET_INTERVAL"}],
-        ]  # fmt: skip
-        self._add(nftsocket.nft_set_msg, nftsocket.NFT_MSG_NEWSET, NLM_F_CREATE, attributes)
-        elements = []
-        for low, high in ranges:
-            elements.append({"attrs": [["NFTA_SET_ELEM_KEY", _value(low.to_bytes(key_bytes, "big"))]]})
-            if high + 1 < 1 << (key_bytes * 8):
-                end = (high + 1).to_bytes(key_bytes, "big")
-                elements.append({"attrs": [["NFTA_SET_ELEM_KEY", _value(end)], ["NFTA_SET_ELEM_FLAGS", {1}]]})
-        if elements:
-            attributes = [
-                ["NFTA_SET_ELEM_LIST_TABLE", self._table], ["NFTA_SET_ELEM_LIST_SET", name],
-                ["NFTA_SET_ELEM_LIST_ELEMENTS", elements],
-            ]  # fmt: skip
-            self._add(nftsocket.nft_set_elem_list_msg, nftsocket.NFT_MSG_NEWSETELEM, NLM_F_CREATE, attributes)
-
-    def networks(self, name: str, version: int, networks: Iterable[Network]) -> None:
-        """Make a set of the networks of one IP version."""
-        mine = ipaddress.collapse_addresses(n for n in networks if n.version == version)  # type: ignore[type-var]
-        ranges = [(int(n.network_address), int(n.broadcast_address)) for n in mine]
-        self.interval_set(name, TYPE_IPV4 if version == 4 else TYPE_IPV6, 4 if version == 4 else 16, ranges)
-
-    def commit(self) -> None:
-        """Send the transaction. Raises NetlinkError and changes nothing when the kernel refuses any part."""
-
-        def edge(number: int) -> Any:
-            message = nfgen_msg()
-            message["res_id"] = NFNL_SUBSYS_NFTABLES
-            message["header"]["type"] = number
-            message["header"]["flags"] = NLM_F_REQUEST
-            return message
-
-        with NFTables(nfgen_family=INET) as nft:
-
-            async def send() -> list[Any]:
-                batch = [edge(BATCH_BEGIN), *self._messages, edge(BATCH_END)]
-                return [answer async for answer in nft.asyncore.nlm_request_batch(batch)]
-
-            nft._run_with_cleanup(send)  # noqa: SLF001  # the only way to a batch in pyroute2 0.9
+def _chain(table: Table, name: str) -> Tree:
+    if name != table.base:
+        return ((3, text(name)),)
+    hook: Tree = ((1, be32(PREROUTING)), (2, be32(MANGLE)))
+    return ((3, text(name)), (4, hook), (5, be32(1)), (7, text("filter")))
 
 
-def dump(table: str) -> list[tuple[tuple[str, ...], int, int]]:
-    """Return (expression names, packets, bytes of the first counter) of each rule of our table, in order."""
-    rules = []
-    with NFTables(nfgen_family=INET) as nft:
-        for message in nft.get_rules():
-            if message.get_attr("NFTA_RULE_TABLE") != table:
-                continue
-            names, packets, size = [], 0, 0
-            for expression in message.get_attr("NFTA_RULE_EXPRESSIONS") or []:
-                names.append(expression.get_attr("NFTA_EXPR_NAME"))
-                if names[-1] == "counter":
-                    data = expression.get_attr("NFTA_EXPR_DATA")
-                    packets = data.get_attr("NFTA_COUNTER_PACKETS") or 0
-                    size = data.get_attr("NFTA_COUNTER_BYTES") or 0
-            rules.append((tuple(names), packets, size))
-    return rules
+def _usable(table: Table, name: str, data: bytes) -> bool:
+    """Say whether a chain can stay: ours, and at the hook where it belongs, or at none."""
+    hooked = first(data, 4) is not None
+    return (
+        name in table.chains
+        and hooked == (name == table.base)
+        and agrees(_chain(table, name), data)
+    )
 
 
-def table_exists(table: str) -> bool:
-    """Say whether our table is there."""
-    with NFTables(nfgen_family=INET) as nft:
-        return any(message.get_attr("NFTA_TABLE_NAME") == table for message in nft.get_tables())
+def _kept(table: Table, name: str, data: bytes) -> bool:
+    """Say whether a set can stay: one that rules fill, as it is wanted. Others are made anew with
+    their elements.
+    """
+    wanted = table.sets.get(name)
+    return isinstance(wanted, DynamicSet) and agrees(_without_expression(wanted.definition()), data)
 
 
-def set_names(table: str) -> set[str]:
-    """Return the names of the sets of our table."""
-    with NFTables(nfgen_family=INET) as nft:
-        return {
-            message.get_attr("NFTA_SET_NAME")
-            for message in nft.get_sets()
-            if message.get_attr("NFTA_SET_TABLE") == table
-        }
+def _without_expression(definition: Tree) -> Tree:
+    """Leave out the set's expression, which kernels give back in more than one form."""
+    return tuple(attribute for attribute in definition if attribute[0] != 17)
+
+
+def _new_set(
+    key: tuple[int, bytes], name: str, wanted: AnySet, number: int
+) -> list[tuple[int, int, Tree]]:
+    definition = (key, (2, text(name)), (10, be32(number)), *wanted.definition())
+    messages: list[tuple[int, int, Tree]] = [(NEWSET, NLM_F_CREATE, definition)]
+    if isinstance(wanted, DynamicSet):
+        return messages
+    items: list[tuple[int, Tree]] = []
+    for value, end in sorted(wanted.elements):
+        flags: Tree = ((3, be32(1)),) if end else ()
+        items.append((1, ((1, ((1, value),)), *flags)))
+    for at in range(0, len(items), _ELEMENTS_AT_ONCE):
+        part = tuple(items[at : at + _ELEMENTS_AT_ONCE])
+        messages.append((NEWSETELEM, NLM_F_CREATE, (key, (2, text(name)), (3, part))))
+    return messages
+
+
+def _chain_differences(
+    table: Table, name: str, rules: list[list[Expression]], applied: Applied
+) -> list[str]:
+    data = applied.chains.get(name)
+    if data is None or not _usable(table, name, data):
+        return [f"chain {name} is {'missing' if data is None else 'another'}"]
+    present = applied.rules.get(name, [])
+    if len(present) != len(rules):
+        return [f"chain {name} has {len(present)} rules instead of {len(rules)}"]
+    return [
+        f"rule {number} of chain {name} is another"
+        for number, (wanted, rule) in enumerate(zip(rules, present, strict=True), 1)
+        if not agrees(((4, tuple((1, expression) for expression in wanted)),), rule)
+    ]
+
+
+def _name(data: bytes, kind: int) -> str:
+    return (first(data, kind) or b"\0")[:-1].decode("utf-8", "backslashreplace")
+
+
+def _counts(data: bytes | None) -> tuple[int, int]:
+    """Return (packets, bytes) of a counter's data."""
+    size, packets = first(data or b"", 1), first(data or b"", 2)
+    return int.from_bytes(packets or b"", "big"), int.from_bytes(size or b"", "big")

@@ -1,73 +1,125 @@
-"""Policy routing: marked packets to the local listeners, and the guard that keeps everything else of clients out.
+"""Policy routing: marked packets reach the local listeners, and the guard keeps everything else of
+clients out.
 
-The guard says that what comes in on a client's interface goes nowhere but to this host, unless it carries our mark.
-It does not depend on nftables, so even `nft flush ruleset` fails closed. Local addresses match the kernel's rule 0 first, so
-the gate itself stays reachable. Our rules carry a protocol number of their own and are found by it.
+    100  fwmark 0x4e01 lookup 7100    to a socket of ours: table 7100 makes every address local
+    101  iif lo goto 105              what this host itself sends is none of the guard's business
+    102  fwmark 0x4e02 goto 105       what the rule set lets pass goes on as if there were no gate
+    103  from CLIENTS unreachable     the guard: no client subnet is routed,
+    104  to CLIENTS unreachable       neither way
+    105  nop                          where the other rules of this host go on
+
+The guard does not depend on nftables, so even `nft flush ruleset` fails closed. Local addresses
+match the kernel's rule 0 first, so the gate itself stays reachable. Everything goes in, or out, in
+one system call: the kernel has taken all of it or none when a process dies. What is ours carries
+PROTOCOL and is found by it; nothing else is touched.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import socket
+from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST
+from pyroute2.netlink.rtnl import RTM_DELROUTE, RTM_DELRULE, RTM_NEWROUTE, RTM_NEWRULE
+from pyroute2.netlink.rtnl.fibmsg import fibmsg
+from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-from appliance.proxy.redirect.rules import MARK_LOCAL, MARK_ROUTED
+from appliance.proxy.redirect.rules import MARK_LOCAL, MARK_PASS
 
 if TYPE_CHECKING:
-    from appliance.config import Config
+    from collections.abc import Iterable
+
+    from appliance.config import Config, Network
 
 LOCAL_TABLE = 7100
-MAIN_TABLE = 254
-PROTOCOL = 0x4E  #: FRA_PROTOCOL and route protocol of everything here
-PRIORITY_LOCAL, PRIORITY_ROUTED, PRIORITY_GUARD = 100, 110, 120
+PROTOCOL = 0x4E  #: FRA_PROTOCOL and RTA_PROTOCOL of everything here
+LOCAL, LOOPBACK, PASS, FROM_CLIENTS, TO_CLIENTS, END = range(100, 106)
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
-_UNREACHABLE, _TO_TABLE = 7, 1
+_TO_TABLE, _GOTO, _NOP, _UNREACHABLE = 1, 2, 3, 7
+_TABLE_COMPAT = 252  # RT_TABLE_COMPAT: the number stands in FRA_TABLE
+_LOCAL_ROUTE, _SCOPE_HOST, _UNIVERSE = 2, 254, 0
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class PolicyRule:
-    """One rule of ours; `interface` only for the guard, `mark` only for the others."""
+    """One rule of ours; what does not apply is zero or empty."""
 
     family: int
     priority: int
-    mark: int
-    table: int
-    interface: str
+    action: int
+    mark: int = 0
+    table: int = 0
+    target: int = 0  #: of a goto
+    interface: str = ""
+    source: str = ""  #: "address/length"
+    destination: str = ""
+
+    def __str__(self) -> str:
+        version = "IPv6" if self.family == socket.AF_INET6 else "IPv4"
+        parts = [f"{version} rule {self.priority}:"]
+        parts += [f"from {self.source}"] * bool(self.source)
+        parts += [f"to {self.destination}"] * bool(self.destination)
+        parts += [f"iif {self.interface}"] * bool(self.interface)
+        parts += [f"fwmark {self.mark:#x}"] * bool(self.mark)
+        match self.action:
+            case 1:
+                parts.append(f"lookup {self.table}")
+            case 2:
+                parts.append(f"goto {self.target}")
+            case 3:
+                parts.append("nop")
+            case _:
+                parts.append("unreachable (guard)")
+        return " ".join(parts)
 
 
-def client_interfaces(config: Config) -> list[str]:
-    """Return the interfaces on which the client subnets are reached, by the main table's own answer."""
-    names = set()
-    with IPRoute() as ip:
-        for network in config.redirect.clients:
-            probe = str(network.network_address + (1 if network.num_addresses > 1 else 0))
-            family = socket.AF_INET if network.version == 4 else socket.AF_INET6
-            best: tuple[int, int] | None = None
-            for route in ip.get_routes(family=family, table=MAIN_TABLE):
-                destination = route.get_attr("RTA_DST")
-                length, index = route["dst_len"], route.get_attr("RTA_OIF")
-                inside = destination is None or ipaddress.ip_address(probe) in ipaddress.ip_network(
-                    f"{destination}/{length}", strict=False
-                )
-                if inside and index is not None and (best is None or length > best[0]):
-                    best = (length, index)
-            if best is not None:
-                names.add(ip.get_links(best[1])[0].get_attr("IFLA_IFNAME"))
-    return sorted(names)
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What to add and what to remove."""
+
+    add: tuple[PolicyRule, ...] = ()
+    remove: tuple[PolicyRule, ...] = ()
+    add_local: tuple[int, ...] = ()  #: families whose route of LOCAL_TABLE is missing
+    remove_local: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.add or self.remove or self.add_local or self.remove_local)
+
+    def __str__(self) -> str:
+        parts = [f"add {rule}" for rule in self.add]
+        parts += [f"add {_version(f)} local route in table {LOCAL_TABLE}" for f in self.add_local]
+        parts += [f"remove {rule}" for rule in self.remove]
+        parts += [
+            f"remove {_version(f)} local route of table {LOCAL_TABLE}" for f in self.remove_local
+        ]
+        return "; ".join(parts)
 
 
-def wanted(config: Config) -> list[PolicyRule]:
-    """Return the rules that the configuration needs, the guard first."""
-    interfaces = client_interfaces(config)
-    rules = [PolicyRule(f, PRIORITY_GUARD, 0, 0, name) for f in _FAMILIES for name in interfaces]
+def wanted(clients: Iterable[Network]) -> list[PolicyRule]:
+    """Return the rules that guard the client subnets, in the order in which they may be added one
+    by one.
+    """
+    networks = {
+        n
+        for v in (4, 6)
+        for n in ipaddress.collapse_addresses(c for c in clients if c.version == v)
+    }  # type: ignore[type-var]
+    rules = []
     for family in _FAMILIES:
-        rules.append(PolicyRule(family, PRIORITY_LOCAL, MARK_LOCAL, LOCAL_TABLE, ""))
-        rules.append(PolicyRule(family, PRIORITY_ROUTED, MARK_ROUTED, MAIN_TABLE, ""))
+        version = 6 if family == socket.AF_INET6 else 4
+        mine = sorted(str(network) for network in networks if network.version == version)
+        rules += [
+            PolicyRule(family, END, _NOP),
+            PolicyRule(family, LOCAL, _TO_TABLE, mark=MARK_LOCAL, table=LOCAL_TABLE),
+            PolicyRule(family, LOOPBACK, _GOTO, target=END, interface="lo"),
+            PolicyRule(family, PASS, _GOTO, mark=MARK_PASS, target=END),
+            *(PolicyRule(family, FROM_CLIENTS, _UNREACHABLE, source=text) for text in mine),
+            *(PolicyRule(family, TO_CLIENTS, _UNREACHABLE, destination=text) for text in mine),
+        ]
     return rules
 
 
@@ -76,63 +128,133 @@ def present() -> list[PolicyRule]:
     found = []
     with IPRoute() as ip:
         for family in _FAMILIES:
-            for rule in ip.get_rules(family=family):
-                if rule.get_attr("FRA_PROTOCOL") != PROTOCOL:
-                    continue
-                guard = rule["action"] == _UNREACHABLE
-                found.append(
-                    PolicyRule(
-                        family,
-                        rule.get_attr("FRA_PRIORITY") or 0,
-                        rule.get_attr("FRA_FWMARK") or 0,
-                        0 if guard else rule.get_attr("FRA_TABLE") or rule["table"],
-                        rule.get_attr("FRA_IIFNAME") or "",
-                    )
-                )
+            found += [_read(family, rule) for rule in ip.get_rules(family=family) if _ours(rule)]
     return found
 
 
-def _arguments(rule: PolicyRule) -> dict[str, object]:
-    arguments: dict[str, object] = {"family": rule.family, "priority": rule.priority, "protocol": PROTOCOL}
-    if rule.interface:
-        return arguments | {"iifname": rule.interface, "action": "unreachable"}
-    return arguments | {"fwmark": rule.mark, "table": rule.table}
-
-
-def add(rule: PolicyRule) -> None:
-    """Add a rule."""
+def foreign_before_guard() -> list[int]:
+    """Return the priorities of rules that are not ours and come before the guard, without the
+    kernel's own rule 0.
+    """
     with IPRoute() as ip:
-        ip.rule("add", **_arguments(rule))
+        rules = [rule for family in _FAMILIES for rule in ip.get_rules(family=family)]
+    priorities = {rule.get_attr("FRA_PRIORITY") or 0 for rule in rules if not _ours(rule)}
+    return sorted(priority for priority in priorities if 0 < priority <= END)
 
 
-def remove(rule: PolicyRule) -> None:
-    """Remove a rule of ours; one that is gone is not missed."""
-    with IPRoute() as ip, contextlib.suppress(NetlinkError):
-        ip.rule("del", **_arguments(rule))
+def changes(config: Config) -> Changes:
+    """Return what is missing of the rules that the configuration needs, and what of ours it does
+    not need.
+    """
+    want, have = Counter(wanted(config.redirect.clients)), Counter(present())
+    missing = [rule for rule in wanted(config.redirect.clients) if rule not in have]
+    surplus = tuple((have - want).elements())
+    local = local_routes()
+    return Changes(tuple(missing), surplus, tuple(f for f in _FAMILIES if f not in local))
 
 
-def local_routes_present() -> bool:
-    """Say whether the local table delivers everything to this host, for both families."""
-    with IPRoute() as ip:
-        return all(
-            any(True for _ in ip.get_routes(family=family, table=LOCAL_TABLE)) for family in _FAMILIES
-        )
+def removal() -> Changes:
+    """Return the changes that remove everything of ours; the guard is their last."""
+    rules = sorted(present(), key=lambda rule: (rule.action == _UNREACHABLE, rule.priority))
+    return Changes(
+        remove=tuple(rules), remove_local=tuple(f for f in _FAMILIES if f in local_routes())
+    )
 
 
-def add_local_routes() -> None:
-    """Make marked packets local, for both families."""
+def make(change: Changes) -> None:
+    """Make the changes in one system call. Raises NetlinkError when the kernel refuses one of
+    them.
+    """
     with IPRoute() as ip:
         loopback = ip.link_lookup(ifname="lo")[0]
-        for family, everything in ((socket.AF_INET, "0.0.0.0/0"), (socket.AF_INET6, "::/0")):
-            ip.route(
-                "replace", family=family, dst=everything, type="local", oif=loopback, table=LOCAL_TABLE,
-                scope=254 if family == socket.AF_INET else 0, proto=PROTOCOL,
-            )  # fmt: skip
+        add = NLM_F_CREATE | NLM_F_EXCL
+        messages = [_route_message(f, RTM_NEWROUTE, add, loopback) for f in change.add_local]
+        messages += [_rule_message(rule, RTM_NEWRULE, add) for rule in change.add]
+        messages += [_rule_message(rule, RTM_DELRULE, 0) for rule in change.remove]
+        messages += [_route_message(f, RTM_DELROUTE, 0, loopback) for f in change.remove_local]
+        if messages:
+            ip.nlm_request_batch(messages)
 
 
-def remove_local_routes() -> None:
-    """Empty the local table."""
+def local_routes() -> list[int]:
+    """Return the families whose every address LOCAL_TABLE makes local, by a route of ours."""
+    found = []
     with IPRoute() as ip:
         for family in _FAMILIES:
-            with contextlib.suppress(NetlinkError):
-                ip.flush_routes(family=family, table=LOCAL_TABLE)
+            for route in ip.get_routes(family=family, table=LOCAL_TABLE):
+                if (
+                    route["type"] == _LOCAL_ROUTE
+                    and not route["dst_len"]
+                    and route["proto"] == PROTOCOL
+                ):
+                    found.append(family)
+    return found
+
+
+def _ours(rule: Any) -> bool:
+    priority = rule.get_attr("FRA_PRIORITY") or 0
+    return rule.get_attr("FRA_PROTOCOL") == PROTOCOL and LOCAL <= priority <= END
+
+
+def _read(family: int, rule: Any) -> PolicyRule:
+    def prefix(name: str, length: int) -> str:
+        return f"{rule.get_attr(name)}/{length}" if rule.get_attr(name) else ""
+
+    to_table = rule["action"] == _TO_TABLE
+    return PolicyRule(
+        family,
+        rule.get_attr("FRA_PRIORITY") or 0,
+        rule["action"],
+        rule.get_attr("FRA_FWMARK") or 0,
+        (rule.get_attr("FRA_TABLE") or rule["table"]) if to_table else 0,
+        rule.get_attr("FRA_GOTO") or 0,
+        rule.get_attr("FRA_IIFNAME") or "",
+        prefix("FRA_SRC", rule["src_len"]),
+        prefix("FRA_DST", rule["dst_len"]),
+    )
+
+
+def _rule_message(rule: PolicyRule, kind: int, flags: int) -> Any:
+    message = fibmsg()
+    message["family"], message["action"] = rule.family, rule.action
+    attributes: list[tuple[str, object]] = [
+        ("FRA_PRIORITY", rule.priority),
+        ("FRA_PROTOCOL", PROTOCOL),
+    ]
+    if rule.table:
+        message["table"] = _TABLE_COMPAT
+        attributes.append(("FRA_TABLE", rule.table))
+    if rule.target:
+        attributes.append(("FRA_GOTO", rule.target))
+    if rule.mark:
+        attributes.append(("FRA_FWMARK", rule.mark))
+    if rule.interface:
+        attributes.append(("FRA_IIFNAME", rule.interface))
+    for name, field, value in (
+        ("FRA_SRC", "src_len", rule.source),
+        ("FRA_DST", "dst_len", rule.destination),
+    ):
+        if value:
+            address, _, length = value.partition("/")
+            message[field] = int(length)
+            attributes.append((name, address))
+    return _finished(message, attributes, kind, flags)
+
+
+def _route_message(family: int, kind: int, flags: int, loopback: int) -> Any:
+    message = rtmsg()
+    message["family"], message["proto"], message["type"] = family, PROTOCOL, _LOCAL_ROUTE
+    message["table"] = _TABLE_COMPAT
+    message["scope"] = _SCOPE_HOST if family == socket.AF_INET else _UNIVERSE
+    return _finished(message, [("RTA_TABLE", LOCAL_TABLE), ("RTA_OIF", loopback)], kind, flags)
+
+
+def _finished(message: Any, attributes: list[tuple[str, object]], kind: int, flags: int) -> Any:
+    message["attrs"] = attributes
+    message["header"]["type"] = kind
+    message["header"]["flags"] = NLM_F_REQUEST | NLM_F_ACK | flags
+    return message
+
+
+def _version(family: int) -> str:
+    return "IPv6" if family == socket.AF_INET6 else "IPv4"
