@@ -1,7 +1,8 @@
 """CPU and memory of the programs under measurement, as the kernel accounts them.
 
-CPU comes from cgroup v2's `cpu.stat` (`usage_usec`, which counts without any controller enabled), so that work
-done for a process in the kernel on its behalf is in, and the noise of a shared machine is not.
+CPU comes from cgroup v2's `cpu.stat` (`usage_usec`, which counts without any controller enabled),
+so that work done for a process in the kernel on its behalf is in, and the noise of a shared machine
+is not.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ from typing import Any
 
 @dataclass(slots=True)
 class Row:
-    """The samples of one work over one path, in `unit`; the lower the better unless `unit` ends in "/s"."""
+    """The samples of one work over one path, in `unit`; the lower the better unless `unit` ends in
+    "/s".
+    """
 
     work: str
     path: str
@@ -36,7 +38,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """How the gate compares: capacity per core (peer's cost divided by ours); 1.0 is as good as the peer."""
+    """How the gate compares: capacity per core (peer's cost divided by ours); 1.0 is as good as the
+    peer.
+    """
 
     work: str
     peer: str
@@ -73,7 +77,9 @@ class Report:
         self.rows.setdefault((work, path, unit), Row(work, path, unit)).samples.append(value)
 
     def compare(self, work: str, unit: str, peer: str, goal: float, *, path: str = "gate") -> None:
-        """Add the ratio of `peer`'s median cost to `path`'s, paired sample by sample where counts agree."""
+        """Add the ratio of `peer`'s median cost to `path`'s, paired sample by sample where counts
+        agree.
+        """
         ours, theirs = self.rows[work, path, unit], self.rows[work, peer, unit]
         if len(ours.samples) == len(theirs.samples):
             pairs = zip(theirs.samples, ours.samples, strict=True)
