@@ -1,9 +1,10 @@
 """The one configuration: strict TOML in, frozen dataclasses out.
 
-Every process loads it at start and never again. An unknown key, a wrong type or a bad value is a `ConfigError` with file, line,
-key and hint, and the process ends with exit code 78. The fields' `#:` comments are the reference that
-docs/configuration.md is checked against. This module knows no meaning beyond shape: overlapping accounts, for example, are
-found by `appliance.attribution.accounts`.
+Every process loads it at start and never again. An unknown key, a wrong type or a bad value is a
+`ConfigError` with file, line, key and hint, and the process ends with exit code 78. The fields'
+`#:` comments are the reference that docs/configuration.md is checked against. This module knows no
+meaning beyond shape: overlapping accounts, for example, are found by
+`appliance.attribution.accounts`.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ class Gate:
     workers: int = 0  #: processes; 0 means one a core
     listen_port: int = 15001  #: port of the transparent listeners
     connect_timeout_s: float = 10.0  #: for the upstream connection
-    detect_ms: int = 200  #: how long a client may be silent, or undecided, before its session is opaque
+    detect_ms: int = (
+        200  #: how long a client may be silent, or undecided, before its session is opaque
+    )
     max_sessions: int = 9000  #: per worker; above it connections wait in the backlog
 
 
@@ -110,7 +113,9 @@ class Attribution:
     """[attribution]"""
 
     wait_ms: int = 50  #: longest wait for an owner before the first upstream byte
-    on_forged: Literal["continue", "refuse"] = "continue"  #: what to do with a forged or replayed identity
+    on_forged: Literal["continue", "refuse"] = (
+        "continue"  #: what to do with a forged or replayed identity
+    )
     replay_entries: int = 1 << 18  #: size of the replay cache that the workers share
 
 
@@ -118,7 +123,9 @@ class Attribution:
 class Sensor:
     """[sensor]"""
 
-    cgroup: str = ""  #: subtree whose processes are seen, below the cgroup v2 mount; "" is all of it
+    cgroup: str = (
+        ""  #: subtree whose processes are seen, below the cgroup v2 mount; "" is all of it
+    )
     prefixes: tuple[Network, ...] = ()  #: destinations towards which the SYN option is written
     covers: tuple[Network, ...] = ()  #: client addresses that this sensor answers for
     host: str = ""  #: name of this host in owner records; "" is the host name
@@ -135,7 +142,9 @@ class Route:
     )  #: destination networks
     ports: Ports = Ports()  #: destination ports
     protocol: str = "tcp"  #: "tcp", "udp", "icmp" or an IP protocol number
-    action: Literal["intercept", "allow"] = "intercept"  #: "allow" is for what is not TCP: routed and counted
+    action: Literal["intercept", "allow"] = (
+        "intercept"  #: "allow" is for what is not TCP: routed and counted
+    )
     durability: Literal["write", "fsync"] = "write"  #: when bytes may leave
     on_evidence_failure: Literal["closed", "open"] = "closed"  #: when evidence cannot be written
     on_failure: Literal["closed", "bypass"] = "closed"  #: when no gate process is there
@@ -228,7 +237,9 @@ class _Reader:
                 raise self.fail(full, "unknown key", hint)
             given[name] = self.value(hints[name], value, full)
         for name, spec in known.items():
-            required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+            required = (
+                spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+            )
             if required and name not in given:
                 raise self.fail(f"{key}.{name}" if key else name, "is required")
         return kind(**given)
@@ -242,7 +253,9 @@ class _Reader:
             return self._list(get_args(hint)[0], value, key)
         if get_origin(hint) is Literal:
             if value not in get_args(hint):
-                raise self.fail(key, f"{value!r} is not allowed", "one of " + ", ".join(get_args(hint)))
+                raise self.fail(
+                    key, f"{value!r} is not allowed", "one of " + ", ".join(get_args(hint))
+                )
             return value
         if hint is Path:
             if not isinstance(value, str) or not value.startswith("/"):
@@ -292,7 +305,9 @@ class _Reader:
         for route in config.route:
             if (route.action == "allow") == (route.protocol == "tcp"):
                 hint = "TCP is intercepted, everything else is allowed or dropped"
-                raise self.fail("route.action", f"{route.action!r} does not fit {route.protocol!r}", hint)
+                raise self.fail(
+                    "route.action", f"{route.action!r} does not fit {route.protocol!r}", hint
+                )
         for account in config.account:
             if account.match == Match():
                 raise self.fail("account.match", f"account {account.name!r} has no selector")

@@ -1,7 +1,8 @@
-"""The long-running processes: builds the objects of a gate worker or of the seal, and runs them until SIGTERM.
+"""The long-running processes: builds the objects of a gate worker or of the seal, and runs them
+until SIGTERM.
 
-The only place where the parts of a process are put together. `appliance.cli` calls `gate` and `seal`; systemd units or the
-lab's supervisor start and restart the processes.
+The only place where the parts of a process are put together. `appliance.cli` calls `gate` and
+`seal`; systemd units or the lab's supervisor start and restart the processes.
 """
 
 from __future__ import annotations

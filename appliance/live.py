@@ -1,7 +1,8 @@
 """Running sessions: what each gate worker's control socket answers, and how other processes ask.
 
-A worker listens on `run/gate-N.sock`; one JSON object a line, asked and answered. Only root may ask. The command line uses the
-functions at the end. Killing a session is a Decision record in the evidence.
+A worker listens on `run/gate-N.sock`; one JSON object a line, asked and answered. Only root may
+ask. The command line uses the functions at the end. Killing a session is a Decision record in the
+evidence.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class ControlSocket:
         """Listen."""
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
-        self._server = await asyncio.start_unix_server(self._serve, str(self._path), limit=MOST_BYTES)
+        self._server = await asyncio.start_unix_server(
+            self._serve, str(self._path), limit=MOST_BYTES
+        )
         os.chmod(self._path, 0o600)
 
     async def stop(self) -> None:
@@ -66,7 +69,9 @@ class ControlSocket:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             sock = writer.get_extra_info("socket")
-            _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+            _, uid, _ = _PEER.unpack(
+                sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+            )
             if uid != 0:
                 log.warning("uid %d asked on the control socket", uid)
                 return
@@ -86,7 +91,9 @@ class ControlSocket:
                     return {"sessions": self._sessions.list_sessions()}
                 case "kill":
                     number = session_number(str(question["session"]))
-                    done = self._sessions.kill(number, str(question["actor"]), str(question.get("reason", "")))
+                    done = self._sessions.kill(
+                        number, str(question["actor"]), str(question.get("reason", ""))
+                    )
                     return {"done": done}
                 case "stats":
                     return self._sessions.stats()

@@ -1,27 +1,30 @@
 """The protocol-layer interface: one layer object per session, fed events, answering with effects.
 
-The session driver (`appliance.proxy.session`) calls it; protocols in `appliance.protocols` implement it. Nothing
-here, and no layer, blocks or does I/O; a layer raises only `ProtocolError`.
+The session driver (`appliance.proxy.session`) calls it; protocols in `appliance.protocols`
+implement it. Nothing here, and no layer, blocks or does I/O; a layer raises only `ProtocolError`.
 
 How the driver treats a layer:
 
 * it runs an effect list to its end before the next event;
-* what is received is in the evidence before the layer sees it, except while `sensitive` names the side: then
-  the bytes stay in private memory, the layer names the secret ranges with `Hide` in the same list, and the
-  driver records the bytes with those ranges blanked before it executes any `Forward`;
-* bytes of a side in `passive` are forwarded unchanged before `handle` is called: the layer then only decodes
-  (its list holds no `Forward` for them);
-* `Relay` ends the layer's interest in a side's bytes for `count` bytes (or for good): they pass without `handle`.
+* what is received is in the evidence before the layer sees it, except while `sensitive` names the
+  side: then the bytes stay in private memory, the layer names the secret ranges with `Hide` in the
+  same list, and the driver records the bytes with those ranges blanked before it executes any
+  `Forward`;
+* bytes of a side in `passive` are forwarded unchanged before `handle` is called: the layer then
+  only decodes (its list holds no `Forward` for them);
+* `Relay` ends the layer's interest in a side's bytes for `count` bytes (or for good): they pass
+  without `handle`.
 
-Events and effects are named tuples, not dataclasses: they are made several times per message on the hot path,
-and a frozen dataclass costs three times as much to build.
+Events and effects are named tuples, not dataclasses: they are made several times per message on the
+hot path, and a frozen dataclass costs three times as much to build.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple, Protocol as Interface
+from typing import TYPE_CHECKING, NamedTuple
+from typing import Protocol as Interface
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +75,9 @@ class ProtocolError(Exception):
 
 
 class Data(NamedTuple):
-    """Bytes arrived from `side`; valid only during the call. `offset` counts that side's half-stream from 0."""
+    """Bytes arrived from `side`; valid only during the call. `offset` counts that side's
+    half-stream from 0.
+    """
 
     side: Side
     data: memoryview | bytes
@@ -96,8 +101,8 @@ class Elapsed(NamedTuple):
 class Forward(NamedTuple):
     """Send `data` to side `to`.
 
-    RELAYED: the very bytes that came from the other side, in order (they are in the evidence already).
-    SYNTHESISED or MASKED: recorded as bytes of the gate's own before they leave.
+    RELAYED: the very bytes that came from the other side, in order (they are in the evidence
+    already). SYNTHESISED or MASKED: recorded as bytes of the gate's own before they leave.
     """
 
     to: Side
@@ -112,7 +117,9 @@ class Audit(NamedTuple):
 
 
 class Hide(NamedTuple):
-    """Blank `length` bytes of `side`'s half-stream from `offset`: only of the Data being handled."""
+    """Blank `length` bytes of `side`'s half-stream from `offset`: only of the Data being
+    handled.
+    """
 
     side: Side
     offset: int
@@ -128,14 +135,18 @@ class SetTimer(NamedTuple):
 
 
 class Relay(NamedTuple):
-    """Pass the next `count` bytes from `from_side` without `handle`; FOREVER for the rest of the session."""
+    """Pass the next `count` bytes from `from_side` without `handle`; FOREVER for the rest of the
+    session.
+    """
 
     from_side: Side
     count: int
 
 
 class Close(NamedTuple):
-    """Send what is queued for `side`, then end that direction; when both are ended the session closes."""
+    """Send what is queued for `side`, then end that direction; when both are ended the session
+    closes.
+    """
 
     side: Side
     reason: str
@@ -163,7 +174,9 @@ class Layer(Interface):
         ...
 
     def refuse(self, message: str) -> list[Effect]:
-        """Return the native error for a cause outside the layer (kill, upstream down, evidence unavailable)."""
+        """Return the native error for a cause outside the layer (kill, upstream down, evidence
+        unavailable).
+        """
         ...
 
     @property

@@ -1,7 +1,9 @@
-"""The chunk: the memory that a worker receives into, as a named tmpfs file that outlives every process.
+"""The chunk: the memory that a worker receives into, as a named tmpfs file that outlives every
+process.
 
-`capture.segment` publishes frames into chunks, `capture.committer` encrypts them from there, `capture.recover` reads
-what a dead process left. A chunk file is a 64-byte header and then frames (`capture.frames`):
+`capture.segment` publishes frames into chunks, `capture.committer` encrypts them from there,
+`capture.recover` reads what a dead process left. A chunk file is a 64-byte header and then frames
+(`capture.frames`):
 
     magic "NARCHUNK" | incarnation u64 | sequence u64 | base u64: stream position of the first frame | zero
 """
@@ -27,7 +29,9 @@ HEADER = struct.Struct("<8sQQQ")
 
 
 class Chunk:
-    """One chunk of a living writer. `fill` is where the next frame goes; `committed` what is on disk already."""
+    """One chunk of a living writer. `fill` is where the next frame goes; `committed` what is on
+    disk already.
+    """
 
     __slots__ = ("base", "commits", "committed", "fill", "held", "memory", "view", "words")
 
@@ -47,7 +51,9 @@ class Chunk:
         self.commits: list[tuple[int, int, int]] = []  #: (end position, generation, commit offset)
 
     def begin(self, incarnation: int, sequence: int, base: int) -> None:
-        """Make the chunk an empty one at stream position `base`. No frame of its past can be taken for a new one."""
+        """Make the chunk an empty one at stream position `base`. No frame of its past can be taken
+        for a new one.
+        """
         self.words[START >> 3] = 0
         HEADER.pack_into(self.view, 0, MAGIC, incarnation, sequence, base)
         self.base = base
@@ -60,7 +66,9 @@ class Chunk:
         return self.base + self.fill - START
 
     def close(self) -> None:
-        """Unmap the memory; the file stays. A view that a caller still holds keeps the mapping alive."""
+        """Unmap the memory; the file stays. A view that a caller still holds keeps the mapping
+        alive.
+        """
         with contextlib.suppress(BufferError):
             self.words.release()
             self.view.release()
@@ -79,7 +87,9 @@ class Remains:
 
     @classmethod
     def read(cls, path: Path, incarnation: int) -> Remains | None:
-        """Return the remains, or None when the file is no chunk of `incarnation` (it was being made)."""
+        """Return the remains, or None when the file is no chunk of `incarnation` (it was being
+        made).
+        """
         content = path.read_bytes()
         if len(content) < START + HEADER_BYTES:
             return None

@@ -2,12 +2,16 @@
 
 `capture.segment.SegmentWriter` starts one. It never touches a session. Theory of operation:
 
-* the event loop publishes frames and, when it finds the thread asleep, wakes it; nothing is polled while idle;
-* the thread waits `commit_s` (or not at all, after `urgent`), then commits [committed, fill) of every chunk in order;
-* a chunk whose frames are all committed and which is no longer the current one goes to `free` for the loop to use again;
+* the event loop publishes frames and, when it finds the thread asleep, wakes it; nothing is polled
+  while idle;
+* the thread waits `commit_s` (or not at all, after `urgent`), then commits [committed, fill) of
+  every chunk in order;
+* a chunk whose frames are all committed and which is no longer the current one goes to `free` for
+  the loop to use again;
 * `durable` moves after fdatasync: at once when somebody waits for it, otherwise once a second;
-* the next segment is made ready (preallocated) before it is needed; when the disk refuses, the space held back is given
-  free, what is published is stored there, `failed` is set, and the thread tries again every second.
+* the next segment is made ready (preallocated) before it is needed; when the disk refuses, the
+  space held back is given free, what is published is stored there, `failed` is set, and the thread
+  tries again every second.
 """
 
 from __future__ import annotations
@@ -36,7 +40,9 @@ RETRY_S = 1.0
 
 
 class Committer:
-    """Owns the segment files of one writer. Attributes are read by the loop, written by the thread."""
+    """Owns the segment files of one writer. Attributes are read by the loop, written by the
+    thread.
+    """
 
     def __init__(
         self, store: Store, keys: Keys, stream: str, incarnation: int, settings: WriterSettings,
@@ -54,7 +60,9 @@ class Committer:
         self._next: SegmentFile | None = None
         self._synced_at = time.monotonic()
         self._wanted = 0  # durable position that somebody waits for
-        self.chunks: deque[Chunk] = deque()  #: chunks with frames to commit, oldest first; the last is the current one
+        self.chunks: deque[Chunk] = (
+            deque()
+        )  #: chunks with frames to commit, oldest first; the last is the current one
         self.free: deque[Chunk] = deque()
         self.asleep = False
         self.committed = 0
@@ -173,9 +181,12 @@ class Committer:
             self.durable = position
 
     def _rotate(self) -> None:
-        following = self._next or self._create(self._store.next_generation(), self._settings.segment_bytes)
+        following = self._next or self._create(
+            self._store.next_generation(), self._settings.segment_bytes
+        )
         self._next = None
-        # The new name first: an incarnation whose newest segment is final has ended (capture.recover).
+        # The new name first: an incarnation whose newest segment is final has ended
+        # (capture.recover).
         self._activate(following)
         self._segment.finish(self.committed, self._staging)
         self._segment = following
@@ -183,7 +194,13 @@ class Committer:
     def _create(self, generation: int, capacity: int) -> SegmentFile:
         path = self._store.segments / f"{self._stream}.{generation:08x}.pre"
         header = SegmentHeader(
-            generation, self._incarnation, self._stream, time.time_ns(), capacity, self._boot, self._keys.key_id
+            generation,
+            self._incarnation,
+            self._stream,
+            time.time_ns(),
+            capacity,
+            self._boot,
+            self._keys.key_id,
         )
         return SegmentFile(path, header, self._keys)
 
@@ -194,9 +211,15 @@ class Committer:
         self.segments += 1
 
     def _prepare_next(self) -> None:
-        if self._settings.ahead and self._next is None and self._segment.used > self._segment.capacity // 2:
+        if (
+            self._settings.ahead
+            and self._next is None
+            and self._segment.used > self._segment.capacity // 2
+        ):
             try:
-                self._next = self._create(self._store.next_generation(), self._settings.segment_bytes)
+                self._next = self._create(
+                    self._store.next_generation(), self._settings.segment_bytes
+                )
             except OSError as refused:
                 if refused.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -211,7 +234,9 @@ class Committer:
             os.close(fd)
 
     def _refuse(self, refused: OSError) -> None:
-        """The disk refuses: say so, and bring what is published to safety in the space held back."""
+        """The disk refuses: say so, and bring what is published to safety in the space held
+        back.
+        """
         first = self.failed is None
         self.failed = EvidenceError(f"evidence cannot be written: {refused.strerror}")
         if not first or not self._settings.reserve_bytes:

@@ -1,7 +1,7 @@
 """Keys of the appliance: the key-encryption key, the digest key, and a data key for each segment.
 
-Used by the segment writer and by readers. Key files are 32 bytes as hex in files of mode 0600; a file that others
-may read is refused. No key appears in a repr, a log or an error.
+Used by the segment writer and by readers. Key files are 32 bytes as hex in files of mode 0600; a
+file that others may read is refused. No key appears in a repr, a log or an error.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ class Keys:
 
     @classmethod
     def load(cls, state: Path) -> Keys:
-        """Return the keys of a state directory; FileNotFoundError or KeyFileError when they are not there."""
+        """Return the keys of a state directory; FileNotFoundError or KeyFileError when they are not
+        there.
+        """
         return cls(read_key(state / "appliance.key"), read_key(state / "digest.key"))
 
     def __repr__(self) -> str:
@@ -106,14 +108,18 @@ class Keys:
         return nonce + AESGCM(self._wrapping.reveal()).encrypt(nonce, data_key, context)
 
     def unwrap(self, wrapped: bytes, context: bytes) -> bytes:
-        """Return the data key; EvidenceError when it was not wrapped by this key for this context."""
+        """Return the data key; EvidenceError when it was not wrapped by this key for this
+        context.
+        """
         try:
             return AESGCM(self._wrapping.reveal()).decrypt(wrapped[:12], wrapped[12:], context)
         except InvalidTag as wrong:
             raise EvidenceError("a segment's data key does not open with appliance.key") from wrong
 
     def digest(self, data: bytes) -> str:
-        """Return the keyed digest that stands for hidden bytes: HMAC-SHA256, first 16 bytes, hex."""
+        """Return the keyed digest that stands for hidden bytes: HMAC-SHA256, first 16 bytes,
+        hex.
+        """
         return hmac.new(self._digest.reveal(), data, hashlib.sha256).digest()[:16].hex()
 
 

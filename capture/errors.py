@@ -1,8 +1,8 @@
 """The errors of the evidence.
 
-    EvidenceError      evidence cannot be written, or does not authenticate: fail closed
-    ├── KeyFileError   a key file is missing, malformed or readable by others: refuse to start
-    └── FormatError    bytes on disk are not what the format says: report, never delete
+EvidenceError      evidence cannot be written, or does not authenticate: fail closed
+├── KeyFileError   a key file is missing, malformed or readable by others: refuse to start
+└── FormatError    bytes on disk are not what the format says: report, never delete
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The frame: what segments and chunks are made of, and how sessions are named.
 
-`capture.chunk` publishes frames, `capture.tail` and `capture.reader` walk them. Layout, little-endian, 8-byte aligned:
+`capture.chunk` publishes frames, `capture.tail` and `capture.reader` walk them. Layout,
+little-endian, 8-byte aligned:
 
     word 0   incarnation (32 bit) << 32 | kind (8 bit) << 24 | payload length (24 bit)
     word 1   session
@@ -8,8 +9,8 @@
     word 3   offset in the half-stream (data frames), 0 (records)
     payload, zero-padded to a multiple of 8
 
-Word 0 is stored last, in one aligned store, after the next frame's word 0 was zeroed: a torn frame has length
-word zero, and one of an earlier life of the same memory carries another incarnation.
+Word 0 is stored last, in one aligned store, after the next frame's word 0 was zeroed: a torn frame
+has length word zero, and one of an earlier life of the same memory carries another incarnation.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ SESSION_BITS = 40
 class Kind(IntEnum):
     """What a frame holds; record kinds are in `capture.records.KINDS`, from 16 on."""
 
-    UP = 1  #: bytes received from the client (passed on unchanged unless a Withheld record says otherwise)
+    #: bytes received from the client (passed on unchanged unless a Withheld record says otherwise)
+    UP = 1
     DOWN = 2  #: bytes received from the upstream, likewise
     UP_OWN = 3  #: the gate's own bytes, sent to the upstream
     DOWN_OWN = 4  #: the gate's own bytes, sent to the client
@@ -49,7 +51,9 @@ def padded(length: int) -> int:
 
 
 def session_name(session: int) -> str:
-    """Return the printed form of a session's number: 13 letters of Crockford's base 32, lower case."""
+    """Return the printed form of a session's number: 13 letters of Crockford's base 32, lower
+    case.
+    """
     letters = []
     for _ in range(NAME_LETTERS):
         letters.append(_ALPHABET[session & 31])
@@ -81,8 +85,9 @@ def walk(
 ) -> Iterator[tuple[int, int, int, int, memoryview, int]]:
     """Yield (kind, session, time_ns, offset, payload, position) of each frame in `plaintext`.
 
-    Ends at a zero length word, at one of another incarnation, or where a frame would run over the end; the caller
-    compares the last position with what it expected. `position` is where the frame's header stands.
+    Ends at a zero length word, at one of another incarnation, or where a frame would run over the
+    end; the caller compares the last position with what it expected. `position` is where the
+    frame's header stands.
     """
     view = memoryview(plaintext)
     size = len(view)

@@ -1,7 +1,8 @@
 """Held: bytes of a frame that a slow peer has not taken yet.
 
-The session driver keeps one for each stalled direction. While the chunk is there, the bytes come from it; when the chunk
-is used again, they are read back from the segment, so that a peer that never reads holds no memory.
+The session driver keeps one for each stalled direction. While the chunk is there, the bytes come
+from it; when the chunk is used again, they are read back from the segment, so that a peer that
+never reads holds no memory.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class Held:
-    """`length` payload bytes at stream position `start`; `view` gives them, `release` ends the claim."""
+    """`length` payload bytes at stream position `start`; `view` gives them, `release` ends the
+    claim.
+    """
 
     __slots__ = ("_chunk", "_read_back", "_where", "length", "start")
 
-    def __init__(
-        self, chunk: Chunk, start: int, length: int, read_back: ReadBack
-    ) -> None:
+    def __init__(self, chunk: Chunk, start: int, length: int, read_back: ReadBack) -> None:
         self.start = start
         self.length = length
         self._chunk: Chunk | None = chunk

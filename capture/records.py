@@ -1,10 +1,12 @@
-"""Every record type of the evidence, as frozen dataclasses: the field docs are the format's specification.
+"""Every record type of the evidence, as frozen dataclasses: the field docs are the format's
+specification.
 
-The gate, the seal and the command line write these records through `capture.segment`; the index, the
-reader and the exports read them. The payload of a record frame is the UTF-8 JSON object of the fields below,
-nothing else; the frame's kind (`capture.frames.Kind`) says which type it is, and the frame's header
-carries the session and the time. Times are integer nanoseconds, UTC, since the Unix epoch. Text that came
-from a peer is decoded as UTF-8 with `backslashreplace`, and is never trusted by a reader.
+The gate, the seal and the command line write these records through `capture.segment`; the index,
+the reader and the exports read them. The payload of a record frame is the UTF-8 JSON object of the
+fields below, nothing else; the frame's kind (`capture.frames.Kind`) says which type it is, and the
+frame's header carries the session and the time. Times are integer nanoseconds, UTC, since the Unix
+epoch. Text that came from a peer is decoded as UTF-8 with `backslashreplace`, and is never trusted
+by a reader.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Detected:
     """Which protocol layer took the session."""
 
     protocol: str  #: name of the protocol ("postgresql", "opaque")
-    reason: str = ""  #: why, when it is not the layer's own probe: "silent", "no-probe-matched", ...
+    reason: str = (
+        ""  #: why, when it is not the layer's own probe: "silent", "no-probe-matched", ...
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,8 @@ class Operation:
     """One thing that the client asked for, in the protocol's own unit (a statement, a request)."""
 
     op: int  #: number within the session, from 1
-    verb: str  #: parsed verb in upper case ("SELECT"), a protocol word ("COPY", "CANCEL") or "unknown"
+    #: parsed verb in upper case ("SELECT"), a protocol word ("COPY", "CANCEL") or "unknown"
+    verb: str
     text: str  #: the statement, at most 64 KiB; `truncated` says when it was longer
     offset: int  #: where its first byte stands in the client's half-stream
     length: int  #: bytes of the message(s) that carried it
@@ -77,7 +82,9 @@ class Result:
     """How an operation ended."""
 
     op: int  #: the operation's number
-    status: str  #: "ok", "error", "cut" (connection ended first), "skipped" (discarded after an error)
+    status: (
+        str  #: "ok", "error", "cut" (connection ended first), "skipped" (discarded after an error)
+    )
     tag: str = ""  #: the server's own word ("SELECT 3", "INSERT 0 1")
     rows: int = 0
     bytes: int = 0  #: response bytes that belong to it
@@ -91,9 +98,12 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A protocol-level fact that is neither operation nor result; `kind` is listed in docs/protocols/."""
+    """A protocol-level fact that is neither operation nor result; `kind` is listed in
+    docs/protocols/.
+    """
 
-    kind: str  #: "startup", "parameter", "notice", "notification", "backend-key", "cancel", "undecoded", ...
+    #: "startup", "parameter", "notice", "notification", "backend-key", "cancel", "undecoded", ...
+    kind: str
     fields: dict[str, Any]
 
 
@@ -154,7 +164,8 @@ class Refused:
     client_port: int
     target: str
     target_port: int
-    reason: str  #: "own-address", "loopback", "link-local", "management", "no-route", "evidence", "quarantine"
+    #: "own-address", "loopback", "link-local", "management", "no-route", "evidence", "quarantine"
+    reason: str
     reference: str
 
 
@@ -191,7 +202,9 @@ class Access:
 class SessionClose:
     """Last frame of a session."""
 
-    reason: str  #: "fin", "reset", "refused" (upstream refused), "timeout", "killed", "evidence", "protocol", ...
+    #: "fin", "reset", "refused" (upstream refused), "timeout", "killed", "evidence", "protocol",
+    #: ...
+    reason: str
     by: str  #: "client", "upstream" or "gate"
     bytes_up: int  #: bytes received from the client
     bytes_down: int  #: bytes received from the upstream
@@ -243,7 +256,9 @@ class Heartbeat:
     accepted: int  #: sessions accepted since start
     closed: int
     refused: int
-    kernel_accepted: int  #: connections that the kernel handed to this worker's listeners since start
+    kernel_accepted: (
+        int  #: connections that the kernel handed to this worker's listeners since start
+    )
     listen_drops: int  #: kernel's own count of dropped SYNs and overflows in this network namespace
     sensor_lost: int  #: events that the sensor reported lost
     unsent_bytes: int = 0
@@ -271,7 +286,8 @@ Record = (
     | Heartbeat
 )
 
-#: Frame kind of each record type (docs/evidence-format.md). Numbers are never reused. 1 to 9 are data frames.
+#: Frame kind of each record type (docs/evidence-format.md). Numbers are never reused. 1 to 9 are
+#: data frames.
 KINDS: dict[type, int] = {
     SessionOpen: 16,
     Attributed: 17,

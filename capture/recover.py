@@ -1,9 +1,11 @@
 """Completes the evidence of writers that died.
 
-`capture.segment` calls it whenever a writer starts. A writer is alive while it holds the lock in `hot/<incarnation>/`. A
-dead one's frames that had not reached the disk are stored in a new final segment of its incarnation; its own segments
-are never touched. Two steps, so that a kill at any point only repeats work: `complete`, then, once the `Recovered` record is
-durable, `forget`. An incarnation without a hot directory whose newest segment is not final lost its memory with the power.
+`capture.segment` calls it whenever a writer starts. A writer is alive while it holds the lock in
+`hot/<incarnation>/`. A dead one's frames that had not reached the disk are stored in a new final
+segment of its incarnation; its own segments are never touched. Two steps, so that a kill at any
+point only repeats work: `complete`, then, once the `Recovered` record is durable, `forget`. An
+incarnation without a hot directory whose newest segment is not final lost its memory with the
+power.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class Dead:
 
 
 def dead(store: Store, mine: int) -> list[Dead]:
-    """Return every dead incarnation that is not complete, oldest first, locked where it left memory."""
+    """Return every dead incarnation that is not complete, oldest first, locked where it left
+    memory.
+    """
     before = _headers(store)
     living, found = {mine}, []
     for path in sorted(store.hot.iterdir()):
@@ -53,20 +57,24 @@ def dead(store: Store, mine: int) -> list[Dead]:
             living.add(incarnation)
             if lock is not None:
                 found.append(Dead(incarnation, path, lock))
-    # Segments first, hot directories second, segments again: a writer that started meanwhile shows in neither
-    # first list, and one that ended meanwhile is final in the second.
+    # Segments first, hot directories second, segments again: a writer that started meanwhile shows
+    # in neither first list, and one that ended meanwhile is final in the second.
     memoryless = {h.incarnation for _, h, _ in before} - living
     segments = _headers(store)
     newest = {header.incarnation: final for _, header, final in segments}
     found += [Dead(incarnation, None) for incarnation in memoryless if not newest.get(incarnation)]
     for entry in found:
-        entry.generations = [g for g, header, _ in segments if header.incarnation == entry.incarnation]
+        entry.generations = [
+            g for g, header, _ in segments if header.incarnation == entry.incarnation
+        ]
     _sweep_unused(store, living - {entry.incarnation for entry in found})
     return sorted(found, key=lambda entry: entry.incarnation)
 
 
 def complete(store: Store, keys: Keys, entry: Dead) -> tuple[Recovered, list[str]]:
-    """Store what only memory held in a final segment; return the record, and the chunk files that are unreadable."""
+    """Store what only memory held in a final segment; return the record, and the chunk files that
+    are unreadable.
+    """
     committed, stream = _committed(store, keys, entry.generations)
     remains, unreadable = _remains(entry)
     missing = bytearray()
@@ -79,9 +87,13 @@ def complete(store: Store, keys: Keys, entry: Dead) -> tuple[Recovered, list[str
             missing += chunk.plaintext[start:]
             frames += chunk.frames
             committed = chunk.base + len(chunk.plaintext)
-    generation = _store_tail(store, keys, entry.incarnation, stream, bytes(missing), committed - len(missing))
+    generation = _store_tail(
+        store, keys, entry.incarnation, stream, bytes(missing), committed - len(missing)
+    )
     segments = (*entry.generations, generation)
-    record = Recovered(entry.incarnation, segments, frames, len(missing), power_loss=entry.hot is None)
+    record = Recovered(
+        entry.incarnation, segments, frames, len(missing), power_loss=entry.hot is None
+    )
     return record, unreadable
 
 
@@ -133,7 +145,10 @@ def _sweep_unfinished(path: Path) -> None:
 def _headers(store: Store) -> list[tuple[int, SegmentHeader, bool]]:
     found = []
     for generation in store.generations():
-        with contextlib.suppress(OSError, EvidenceError), SegmentReader(store.segment(generation)) as reader:
+        with (
+            contextlib.suppress(OSError, EvidenceError),
+            SegmentReader(store.segment(generation)) as reader,
+        ):
             size = reader.path.stat().st_size
             last = reader.commit_at(size - BLOCK) if size > BLOCK else None
             found.append((generation, reader.header, last is not None and last.final))
@@ -169,14 +184,19 @@ def _remains(entry: Dead) -> tuple[list[Remains], list[str]]:
     return chunks, unreadable
 
 
-def _store_tail(store: Store, keys: Keys, incarnation: int, stream: str, missing: bytes, base: int) -> int:
+def _store_tail(
+    store: Store, keys: Keys, incarnation: int, stream: str, missing: bytes, base: int
+) -> int:
     generation = store.next_generation()
     capacity = BLOCK + commit_total(len(missing)) + BLOCK
     header = SegmentHeader(
         generation, incarnation, stream, time.time_ns(), capacity, boot_id(), keys.key_id
     )
     path = store.segments / f"recover.{generation:08x}.pre"
-    with mmap.mmap(-1, commit_total(len(missing)) + COMMIT_BYTES) as memory, memoryview(memory) as staging:
+    with (
+        mmap.mmap(-1, commit_total(len(missing)) + COMMIT_BYTES) as memory,
+        memoryview(memory) as staging,
+    ):
         segment = SegmentFile(path, header, keys)
         if missing:
             segment.commit(missing, base, staging)

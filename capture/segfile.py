@@ -1,8 +1,9 @@
 """The segment file on disk: its header and its commits.
 
-`capture.committer` and `capture.recover` write through `SegmentFile`; `capture.tail` reads the same layout. See
-docs/evidence-format.md for the byte tables. Everything is 4 KiB aligned and stored with O_DIRECT; a commit is
-AES-256-GCM under the segment's own key with nonce generation | number, so nothing is ever written twice under one nonce.
+`capture.committer` and `capture.recover` write through `SegmentFile`; `capture.tail` reads the same
+layout. See docs/evidence-format.md for the byte tables. Everything is 4 KiB aligned and stored with
+O_DIRECT; a commit is AES-256-GCM under the segment's own key with nonce generation | number, so
+nothing is ever written twice under one nonce.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class SegmentHeader:
             raise FormatError("no segment header")
         if hashlib.sha256(block[:length]).digest() != block[length : length + 32]:
             raise FormatError("the segment header's checksum is wrong")
-        _, version, generation, incarnation, stream, created, capacity, boot, key_id = FIXED.unpack_from(block)
+        _, version, generation, incarnation, stream, created, capacity, boot, key_id = (
+            FIXED.unpack_from(block)
+        )
         if version != VERSION:
             raise FormatError(f"segment version {version} is not known")
         name = stream.rstrip(b"\0").decode("ascii", "backslashreplace")
@@ -95,7 +98,9 @@ class SegmentHeader:
 
     @staticmethod
     def data_key(block: bytes, keys: Keys) -> bytes:
-        """Return the segment's data key; EvidenceError when it does not open or breaks its commitment."""
+        """Return the segment's data key; EvidenceError when it does not open or breaks its
+        commitment.
+        """
         start = FIXED.size
         key = keys.unwrap(block[start : start + WRAPPED_BYTES], block[:start])
         if commitment(key) != block[start + WRAPPED_BYTES : start + WRAPPED_BYTES + 32]:
@@ -118,7 +123,9 @@ class SegmentFile:
         self._number = 0
         self._tag = bytes(TAG_BYTES)
         self.used = BLOCK
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+        self._fd = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC, 0o600
+        )
         try:
             os.posix_fallocate(self._fd, 0, header.capacity)
             with mmap.mmap(-1, BLOCK) as block:
@@ -133,8 +140,12 @@ class SegmentFile:
         """Say whether a commit of `plain_bytes` leaves room for the final one."""
         return self.used + commit_total(plain_bytes) + BLOCK <= self.capacity
 
-    def commit(self, plaintext: memoryview | bytes, base: int, staging: memoryview, *, final: bool = False) -> int:
-        """Encrypt and store `plaintext` as the next commit; return its offset. OSError when the disk refuses."""
+    def commit(
+        self, plaintext: memoryview | bytes, base: int, staging: memoryview, *, final: bool = False
+    ) -> int:
+        """Encrypt and store `plaintext` as the next commit; return its offset. OSError when the
+        disk refuses.
+        """
         size = len(plaintext)
         total = commit_total(size)
         header = COMMIT.pack(

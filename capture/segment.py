@@ -1,9 +1,12 @@
-"""The only writer of evidence: frames are published into memory that outlives the process, then committed to disk.
+"""The only writer of evidence: frames are published into memory that outlives the process, then
+committed to disk.
 
-Gate workers, the seal and the command line each hold one `SegmentWriter`. The event loop calls everything here; the
-thread of `capture.committer` does the disk work. Positions are byte positions in the incarnation's frame stream.
+Gate workers, the seal and the command line each hold one `SegmentWriter`. The event loop calls
+everything here; the thread of `capture.committer` does the disk work. Positions are byte positions
+in the incarnation's frame stream.
 
-The hot path is `reserve`, receive into it, `publish`: what was published survives `kill -9` at any instruction after.
+The hot path is `reserve`, receive into it, `publish`: what was published survives `kill -9` at any
+instruction after.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ class SegmentWriter:
     ) -> None:  # fmt: skip
         """Recover what dead writers left, take an incarnation, and write the Start record.
 
-        `wake` is called from the writer thread when `durable` moved, memory came free or `failed` changed.
+        `wake` is called from the writer thread when `durable` moved, memory came free or `failed`
+        changed.
         """
         self._store, self._keys = store, keys
         self._settings = settings or WriterSettings()
@@ -75,7 +79,11 @@ class SegmentWriter:
         with open("/proc/sys/kernel/osrelease", encoding="ascii") as file:
             kernel = file.read().strip()
         boot = boot_id().hex()
-        self.record(0, Start(role, worker, os.getpid(), boot, VERSION, config_sha256, kernel), time.time_ns())
+        self.record(
+            0,
+            Start(role, worker, os.getpid(), boot, VERSION, config_sha256, kernel),
+            time.time_ns(),
+        )
         self.recover()
 
     def recover(self) -> int:
@@ -85,7 +93,12 @@ class SegmentWriter:
             record, unreadable = recover.complete(self._store, self._keys, remains)
             self.record(0, record, time.time_ns())
             if unreadable:
-                gap = Gap("worker", "unreadable-chunk", count=len(unreadable), detail=", ".join(unreadable))
+                gap = Gap(
+                    "worker",
+                    "unreadable-chunk",
+                    count=len(unreadable),
+                    detail=", ".join(unreadable),
+                )
                 self.record(0, gap, time.time_ns())
         if found:
             self.wait_durable()
@@ -142,7 +155,9 @@ class SegmentWriter:
         return chunk.view[start : start + (want if want < room else room & -8)]
 
     def publish(self, kind: int, session: int, offset: int, length: int, time_ns: int) -> int:
-        """Make the first `length` bytes of the reserved area a frame; return the position after it."""
+        """Make the first `length` bytes of the reserved area a frame; return the position after
+        it.
+        """
         chunk = self._chunk
         fill = chunk.fill
         end = fill + HEADER_BYTES + ((length + 7) & ~7)
@@ -160,8 +175,11 @@ class SegmentWriter:
             self._committer.kick()
         return chunk.base + end - START
 
-    def append(self, kind: int, session: int, payload: bytes | memoryview, time_ns: int, offset: int = 0) -> int:
-        """Publish a copy of `payload`; return the position after it. EvidenceError when there is no memory left.
+    def append(
+        self, kind: int, session: int, payload: bytes | memoryview, time_ns: int, offset: int = 0
+    ) -> int:
+        """Publish a copy of `payload`; return the position after it. EvidenceError when there is no
+        memory left.
 
         Data longer than a chunk becomes several frames; a record must fit one chunk.
         """
@@ -189,11 +207,15 @@ class SegmentWriter:
         return self.append(KINDS[type(record)], session, encode(record), time_ns)
 
     def sync(self) -> None:
-        """Ask for everything published so far to survive power loss; `wake` tells when `durable` got there."""
+        """Ask for everything published so far to survive power loss; `wake` tells when `durable`
+        got there.
+        """
         self._committer.hurry(self.position)
 
     def wait_durable(self, *, longest_s: float = 30.0) -> None:
-        """Block until everything published so far survives power loss; EvidenceError when it cannot."""
+        """Block until everything published so far survives power loss; EvidenceError when it
+        cannot.
+        """
         target = self.position
         self._committer.hurry(target)
         until = time.monotonic() + longest_s
@@ -205,11 +227,15 @@ class SegmentWriter:
             time.sleep(0.0005)
 
     def hold(self, end: int, length: int) -> Held:
-        """Claim the last `length` bytes before stream position `end` (unpadded) of the current chunk."""
+        """Claim the last `length` bytes before stream position `end` (unpadded) of the current
+        chunk.
+        """
         return Held(self._chunk, end - length, length, self._read_back)
 
     def payload_end(self, position: int, length: int) -> int:
-        """Return where the payload of the frame that ended at `position` ends, without its padding."""
+        """Return where the payload of the frame that ended at `position` ends, without its
+        padding.
+        """
         return position - (-length & 7)
 
     def close(self, reason: str = "stop") -> None:

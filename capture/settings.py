@@ -19,5 +19,10 @@ class WriterSettings:
 
 #: For a command line that writes a few records and ends.
 SMALL = WriterSettings(
-    chunk_bytes=1 << 20, chunk_count=1, segment_bytes=2 << 20, commit_s=0.0, reserve_bytes=0, ahead=False
+    chunk_bytes=1 << 20,
+    chunk_count=1,
+    segment_bytes=2 << 20,
+    commit_s=0.0,
+    reserve_bytes=0,
+    ahead=False,
 )

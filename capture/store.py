@@ -49,7 +49,9 @@ class Store:
         return sorted(found)
 
     def next_generation(self) -> int:
-        """Take the next generation; a number that was given out is never given again, not even after a crash."""
+        """Take the next generation; a number that was given out is never given again, not even
+        after a crash.
+        """
         with self._locked(self.evidence / "generation") as fd:
             text = os.pread(fd, 32, 0).decode("ascii").strip()
             last = int(text, 16) if text else 0

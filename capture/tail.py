@@ -1,7 +1,7 @@
 """Reads a segment file: its header and its commits, while it is being written or after.
 
-The seal, the index, readers and recovery use it. It never changes a file. What does not authenticate raises
-FormatError with the offset; the end of what is written is simply the end.
+The seal, the index, readers and recovery use it. It never changes a file. What does not
+authenticate raises FormatError with the offset; the end of what is written is simply the end.
 """
 
 from __future__ import annotations
@@ -9,13 +9,22 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from capture.errors import FormatError
-from capture.segfile import BLOCK, COMMIT, COMMIT_BYTES, COMMIT_MAGIC, FINAL, TAG_BYTES, SegmentHeader, nonce
+from capture.segfile import (
+    BLOCK,
+    COMMIT,
+    COMMIT_BYTES,
+    COMMIT_MAGIC,
+    FINAL,
+    TAG_BYTES,
+    SegmentHeader,
+    nonce,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,11 +63,14 @@ class SegmentReader:
             os.close(self._fd)
             raise
 
-    def __enter__(self) -> SegmentReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -71,15 +83,25 @@ class SegmentReader:
         head = os.pread(self._fd, COMMIT_BYTES, offset)
         if len(head) < COMMIT_BYTES or head[:4] != COMMIT_MAGIC:
             return None
-        magic, generation, number, flags, plain, total, base, time_ns, previous, _zero = COMMIT.unpack(head)
-        if generation != self.header.generation or total % BLOCK or plain + COMMIT_BYTES + TAG_BYTES > total:
+        magic, generation, number, flags, plain, total, base, time_ns, previous, _zero = (
+            COMMIT.unpack(head)
+        )
+        if (
+            generation != self.header.generation
+            or total % BLOCK
+            or plain + COMMIT_BYTES + TAG_BYTES > total
+        ):
             return None
         if offset + total > os.fstat(self._fd).st_size:
             return None
-        return CommitInfo(number, offset, total, plain, base, time_ns, bool(flags & FINAL), previous)
+        return CommitInfo(
+            number, offset, total, plain, base, time_ns, bool(flags & FINAL), previous
+        )
 
     def commits(self, number: int = 0, offset: int = BLOCK) -> Iterator[CommitInfo]:
-        """Yield the commits from the one with `number` at `offset` on, as far as they are written."""
+        """Yield the commits from the one with `number` at `offset` on, as far as they are
+        written.
+        """
         while (commit := self.commit_at(offset)) is not None and commit.number == number:
             yield commit
             number += 1
@@ -95,7 +117,9 @@ class SegmentReader:
         return content
 
     def open(self, raw: bytes, commit: CommitInfo) -> bytes:
-        """Return the plaintext of a commit's block range; FormatError when it does not authenticate."""
+        """Return the plaintext of a commit's block range; FormatError when it does not
+        authenticate.
+        """
         assert self._aead is not None, "opened without keys"
         view = memoryview(raw)
         end = COMMIT_BYTES + commit.plain_bytes + TAG_BYTES
@@ -106,7 +130,9 @@ class SegmentReader:
                 view[:COMMIT_BYTES],  # type: ignore[arg-type]
             )
         except InvalidTag as wrong:
-            raise FormatError(f"{self.path.name}: commit at {commit.offset} does not authenticate") from wrong
+            raise FormatError(
+                f"{self.path.name}: commit at {commit.offset} does not authenticate"
+            ) from wrong
 
     def plaintext(self, commit: CommitInfo) -> bytes:
         """Return the frames of a commit."""

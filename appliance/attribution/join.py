@@ -70,7 +70,7 @@ class _Waiting:
 class Attributor:
     """Answers who a connection belongs to."""
 
-    def __init__(  # noqa: PLR0917 - daemon.py alone builds it, from parts of six types
+    def __init__(
         self,
         loop: Loop,
         register: Register,

@@ -18,7 +18,9 @@ def root() -> Path:
         fields = line.split(" ")
         if fields[fields.index("-") + 1] == "cgroup2":
             return Path(fields[4])
-    raise FileNotFoundError("cgroup v2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
+    raise FileNotFoundError(
+        "cgroup v2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup/unified"
+    )
 
 
 def make(path: Path) -> Path:

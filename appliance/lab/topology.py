@@ -3,8 +3,9 @@
     client 192.0.2.10 ─── 192.0.2.1 gate 198.51.100.1 ─── 198.51.100.10 server
                           203.0.113.1 gate ─── 203.0.113.2 this machine (management, optional)
 
-IPv6 is 2001:db8:1::/64, 2001:db8:2::/64, the same host numbers. Nothing leaves the namespaces. The lab and every system
-test use this; tests pass a prefix of their own so that they never meet the lab or each other.
+IPv6 is 2001:db8:1::/64, 2001:db8:2::/64, the same host numbers. Nothing leaves the namespaces. The
+lab and every system test use this; tests pass a prefix of their own so that they never meet the lab
+or each other.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _SYSCTLS = {
     "net/ipv4/ip_local_port_range": "2000 65000",
     "net/core/somaxconn": "8192",
+    "net/ipv4/tcp_tw_reuse": "1",
     "net/ipv4/tcp_max_syn_backlog": "8192",
     "net/ipv4/conf/all/rp_filter": "0",
     "net/ipv4/conf/default/rp_filter": "0",
@@ -108,7 +110,12 @@ def up(topology: Topology) -> None:
         _veth(ip, "eth0", client, "client0", gate)
         _veth(ip, "eth0", server, "server0", gate)
         if topology.management:
-            ip.link("add", ifname=topology.host_link, kind="veth", peer={"ifname": "mgmt0", "net_ns_fd": gate})
+            ip.link(
+                "add",
+                ifname=topology.host_link,
+                kind="veth",
+                peer={"ifname": "mgmt0", "net_ns_fd": gate},
+            )
             index = ip.link_lookup(ifname=topology.host_link)[0]
             ip.addr("add", index=index, address=MANAGEMENT_HOST, prefixlen=24)
             ip.link("set", index=index, state="up")
@@ -132,7 +139,7 @@ def run(namespace: str, function: Callable[..., Answer], *arguments: Any) -> Ans
         try:
             enter(namespace)
             answer.append(function(*arguments))
-        except BaseException as wrong:  # noqa: BLE001  # raised again in the caller
+        except BaseException as wrong:  # raised again in the caller
             error.append(wrong)
 
     thread = threading.Thread(target=inside)
@@ -157,7 +164,8 @@ def start(
         if namespace is not None:
             enter(namespace)
 
-    return subprocess.Popen(argv, preexec_fn=prepare, **options)  # noqa: PLW1509  # no threads hold locks here
+    # no threads hold locks here
+    return subprocess.Popen(argv, preexec_fn=prepare, **options)
 
 
 def _veth(ip: IPRoute, near: str, near_ns: str, far: str, far_ns: str) -> None:

@@ -1,18 +1,22 @@
 """What the demo's service accounts do: real clients, run from the accounts' own cgroups.
 
-`appliance.lab.demo` starts each `Workload` in the client namespace. One of them does something it should not:
-the report job reads card numbers that no report needs.
+`appliance.lab.demo` starts each `Workload` in the client namespace. One of them does something it
+should not: the report job reads card numbers that no report needs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SERVER = "198.51.100.10"
 DATABASE = "shop"
 
-#: What the database holds before the accounts start; run on the server's own socket, not through the gate.
+#: What the database holds before the accounts start; run on the server's own socket, not through
+#: the gate.
 SCHEMA = """
 CREATE ROLE ci_deployer LOGIN PASSWORD 'ci-pass-7f1';
 CREATE ROLE backup_job LOGIN PASSWORD 'backup-pass-2c9';
@@ -43,7 +47,7 @@ SELECT sum(total) FROM orders WHERE customer = :customer;
 """
 
 #: The driver script of the report job: bound parameters, and then what it should not do.
-DRIVER = '''
+DRIVER = """
 import sys
 import psycopg
 
@@ -56,10 +60,10 @@ with psycopg.connect(sys.argv[1], autocommit=True) as connection:
     with connection.cursor().copy("COPY (SELECT name, card_number FROM customers) TO STDOUT") as copy:
         rows = sum(1 for _ in copy.rows())
     print("and", rows, "card numbers left the building")
-'''
+"""
 
 #: A raw client for the cache: no library, just the words.
-RAW = '''
+RAW = """
 import socket
 import sys
 
@@ -69,7 +73,7 @@ with socket.create_connection((sys.argv[1], 6379), timeout=10) as cache:
     while piece := cache.recv(4096):
         answer += piece
 print(answer.decode().split())
-'''
+"""
 
 
 @dataclass(frozen=True, slots=True)

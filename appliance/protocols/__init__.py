@@ -1,6 +1,7 @@
 """One file per protocol; this package finds them by listing its folder.
 
-Each file has one constant `PROTOCOL` (see `appliance.sansio.Protocol`). None imports another, and none does I/O.
+Each file has one constant `PROTOCOL` (see `appliance.sansio.Protocol`). None imports another, and
+none does I/O.
 """
 
 from __future__ import annotations

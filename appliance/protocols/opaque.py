@@ -1,6 +1,7 @@
 """opaque: any protocol that no other file knows, relayed and recorded whole in both directions.
 
-The driver chooses it; `probe` never claims a session. It cannot hide credentials: its `Detected` record says so.
+The driver chooses it; `probe` never claims a session. It cannot hide credentials: its `Detected`
+record says so.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Which protocol a session speaks, from the client's first bytes.
 
-Ports are a hint for the order of asking, never proof. The driver keeps the bytes back until this says something.
+Ports are a hint for the order of asking, never proof. The driver keeps the bytes back until this
+says something.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """One direction of a session: what one side sent, on its way to the other side.
 
-`appliance.proxy.session` owns two of them. A direction receives straight into the evidence, sends from the same memory, and
-keeps what a slow peer has not taken as claims on the evidence (`capture.held.Held`), not as copies. It stops reading while
-anything is unsent: that is the backpressure.
+`appliance.proxy.session` owns two of them. A direction receives straight into the evidence, sends
+from the same memory, and keeps what a slow peer has not taken as claims on the evidence
+(`capture.held.Held`), not as copies. It stops reading while anything is unsent: that is the
+backpressure.
 """
 
 from __future__ import annotations
@@ -27,12 +28,31 @@ class Direction:
     """Bytes of `side`. `sink` is the socket that they are sent to; `received` counts what came."""
 
     __slots__ = (
-        "ended", "kind", "own_kind", "own_sent", "received", "relay", "registered", "session", "shut", "side",
-        "sink", "source", "unsent", "unsent_bytes", "writing",
+        "ended",
+        "kind",
+        "own_kind",
+        "own_sent",
+        "received",
+        "registered",
+        "relay",
+        "session",
+        "shut",
+        "side",
+        "sink",
+        "source",
+        "unsent",
+        "unsent_bytes",
+        "writing",
     )  # fmt: skip
 
     def __init__(
-        self, session: Session, side: Side, source: socket.socket, sink: socket.socket, kind: int, own_kind: int
+        self,
+        session: Session,
+        side: Side,
+        source: socket.socket,
+        sink: socket.socket,
+        kind: int,
+        own_kind: int,
     ) -> None:
         self.session = session
         self.side = side
@@ -47,7 +67,9 @@ class Direction:
         self.shut = False  #: the sink was told so
         self.registered = False
         self.writing = False
-        self.unsent: deque[tuple[Unsent, int]] | None = None  #: (bytes, stream position that must be durable first)
+        self.unsent: deque[tuple[Unsent, int]] | None = (
+            None  #: (bytes, stream position that must be durable first)
+        )
         self.unsent_bytes = 0
 
     def receive_relayed(self) -> None:
@@ -69,7 +91,9 @@ class Direction:
         self.send(area[:length], position - (-length & 7), position)
 
     def receive_for_layer(self) -> None:
-        """Receive into the evidence, then let the layer say what happens; a passive side is sent first."""
+        """Receive into the evidence, then let the layer say what happens; a passive side is sent
+        first.
+        """
         session = self.session
         worker = session.worker
         area = worker.writer.reserve(PRIVATE_BYTES)
@@ -89,7 +113,9 @@ class Direction:
         session.feed(self, data, offset, now)
 
     def receive_unrecorded(self, scratch: memoryview) -> int:
-        """Pass bytes on while evidence cannot be written and the route says to go on; return how many."""
+        """Pass bytes on while evidence cannot be written and the route says to go on; return how
+        many.
+        """
         length = self._receive(scratch)
         if length > 0:
             self.received += length
@@ -97,7 +123,9 @@ class Direction:
         return max(length, 0)
 
     def receive_private(self) -> bytes:
-        """Return bytes that are not in the evidence yet (detection, credentials); empty when there is nothing to do."""
+        """Return bytes that are not in the evidence yet (detection, credentials); empty when there
+        is nothing to do.
+        """
         try:
             data = self.source.recv(PRIVATE_BYTES)
         except BlockingIOError:
@@ -122,7 +150,8 @@ class Direction:
         return length
 
     def send(self, data: memoryview | bytes, end: int, position: int) -> None:
-        """Send to the sink. `end` is where `data` ends in the evidence's stream, 0 when it is not there as such.
+        """Send to the sink. `end` is where `data` ends in the evidence's stream, 0 when it is not
+        there as such.
 
         `position` is what must be durable before it may leave, on routes that wait for the disk.
         """
@@ -206,7 +235,7 @@ class Direction:
             except OSError:
                 pass  # it is gone already; the other direction will notice
 
-    def register(self, wanted: bool) -> None:  # noqa: FBT001  # one caller, one meaning
+    def register(self, wanted: bool) -> None:  # one caller, one meaning
         """Read from the source, or stop reading."""
         if wanted == self.registered:
             return

@@ -1,7 +1,9 @@
-"""Transparent listeners: take redirected connections in batches, and stop politely when descriptors run out.
+"""Transparent listeners: take redirected connections in batches, and stop politely when descriptors
+run out.
 
-One pair (IPv4, IPv6) per worker, with SO_REUSEPORT so that the kernel spreads connections over the workers. A connection's
-own address is the original destination; its saved SYN carries the identity option.
+One pair (IPv4, IPv6) per worker, with SO_REUSEPORT so that the kernel spreads connections over the
+workers. A connection's own address is the original destination; its saved SYN carries the identity
+option.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def open_listener(family: socket.AddressFamily, port: int) -> socket.socket:
 
 
 def saved_syn(sock: socket.socket) -> bytes:
-    """Return the IP and TCP headers of the client's SYN; empty when SYN cookies answered it. Readable once."""
+    """Return the IP and TCP headers of the client's SYN; empty when SYN cookies answered it.
+    Readable once.
+    """
     try:
         return sock.getsockopt(socket.IPPROTO_TCP, TCP_SAVED_SYN, 256)
     except OSError:
@@ -62,7 +66,9 @@ class Listener:
         self, loop: Loop, sock: socket.socket, accepted: Callable[[socket.socket, tuple[str, int]], None],
         blocked: Callable[[int, int], None],
     ) -> None:  # fmt: skip
-        """`blocked(since_ns, until_ns)` is told when accepting had to stop for want of descriptors."""
+        """`blocked(since_ns, until_ns)` is told when accepting had to stop for want of
+        descriptors.
+        """
         self._loop, self._sock = loop, sock
         self._accepted, self._blocked = accepted, blocked
         self._since = 0

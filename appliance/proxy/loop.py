@@ -1,6 +1,7 @@
 """What the data path asks of an event loop: five calls that uvloop and asyncio both offer.
 
-Sockets on the byte path are raw and non-blocking; no transports and no streams. Another loop fits by offering these.
+Sockets on the byte path are raw and non-blocking; no transports and no streams. Another loop fits
+by offering these.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What happens to a session while evidence cannot be written.
 
-`on_evidence_failure = "closed"` (the default) refuses it; `"open"` lets it go on unrecorded, counts what passed, and writes a
-Gap record when writing works again. Decoding does not come back within such a session: its place in the stream is lost.
+`on_evidence_failure = "closed"` (the default) refuses it; `"open"` lets it go on unrecorded, counts
+what passed, and writes a Gap record when writing works again. Decoding does not come back within
+such a session: its place in the stream is lost.
 """
 
 from __future__ import annotations

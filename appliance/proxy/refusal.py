@@ -1,6 +1,8 @@
-"""Destinations that no session may have: the gate itself, loopback, link-local, the management network.
+"""Destinations that no session may have: the gate itself, loopback, link-local, the management
+network.
 
-Checked at accept, before anything is dialled: no loop through the listener, no pivot through the gate.
+Checked at accept, before anything is dialled: no loop through the listener, no pivot through the
+gate.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 class Destinations:
     """Which route a destination belongs to, or why it is refused."""
 
-    def __init__(self, routes: Iterable[Route], own: set[str], management: Iterable[Network]) -> None:
+    def __init__(
+        self, routes: Iterable[Route], own: set[str], management: Iterable[Network]
+    ) -> None:
         self._routes = [route for route in routes if route.action == "intercept"]
         self._own = {ipaddress.ip_address(address) for address in own}
         self._management = tuple(management)

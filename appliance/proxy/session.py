@@ -8,8 +8,9 @@ A gate worker makes one per accepted connection. Theory of operation:
     ending      one side ended or was refused; what is unsent still goes out, then FIN
     closed      the SessionClose record is the last frame
 
-The rules for layers are in `appliance.sansio`; effects run in order, to the end, before the next event. Errors of a layer that
-are not its peer's fault lose meaning, never evidence: the session goes on as opaque with a Gap record.
+The rules for layers are in `appliance.sansio`; effects run in order, to the end, before the next
+event. Errors of a layer that are not its peer's fault lose meaning, never evidence: the session
+goes on as opaque with a Gap record.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from appliance.protocols import discover
 from appliance.proxy.detect import detect
 from appliance.proxy.direction import Direction
-from appliance.proxy.outage import Outage
 from appliance.proxy.upstream import abort
 from appliance.sansio import (
     CLIENT,
@@ -40,7 +40,6 @@ from appliance.sansio import (
     ProtocolError,
     Relay,
     SetTimer,
-    Side,
 )
 from capture.frames import Kind, session_name
 from capture.records import Detected, Gap, Hidden, Operation, SessionClose
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
 
     from appliance.config import Route
     from appliance.proxy.loop import Timer
+    from appliance.proxy.outage import Outage
     from appliance.proxy.worker import Worker
     from capture.records import Record
 
@@ -62,8 +62,28 @@ class Session:
     """One connection through the gate."""
 
     __slots__ = (
-        "attributed", "client", "closed", "connected", "down", "ending", "first_end", "layer", "number", "operations", "outage", "prefix",
-        "protocol", "reason", "route", "started", "stalled", "target", "timers", "up", "waits_for_disk", "worker",
+        "attributed",
+        "client",
+        "closed",
+        "connected",
+        "down",
+        "ending",
+        "first_end",
+        "layer",
+        "number",
+        "operations",
+        "outage",
+        "prefix",
+        "protocol",
+        "reason",
+        "route",
+        "stalled",
+        "started",
+        "target",
+        "timers",
+        "up",
+        "waits_for_disk",
+        "worker",
     )  # fmt: skip
 
     layer: Layer
@@ -89,9 +109,12 @@ class Session:
         self.first_end = "client"  #: side that sent the first FIN
         self.reason = ""
         self.timers: dict[str, Timer] | None = None
-        self.outage: Outage | None = None  #: while evidence cannot be written and the route says to go on
+        self.outage: Outage | None = (
+            None  #: while evidence cannot be written and the route says to go on
+        )
 
-    # -- life ---------------------------------------------------------------------------------------------------------
+    # -- life
+    # ---------------------------------------------------------------------------------------------------------
 
     def ready(self) -> None:
         """Attribution or the upstream connection came; start when both are there."""
@@ -163,7 +186,8 @@ class Session:
         if not self.closed:
             self.interest()
 
-    # -- bytes --------------------------------------------------------------------------------------------------------
+    # -- bytes
+    # --------------------------------------------------------------------------------------------------------
 
     def feed(self, direction: Direction, data: memoryview | bytes, offset: int, now: int) -> None:
         """Give bytes that are in the evidence to the layer."""
@@ -173,14 +197,18 @@ class Session:
             self._protocol_error(wrong)
             return
         except Exception:
-            log.exception("session %s: the %s layer failed", session_name(self.number), self.protocol)
+            log.exception(
+                "session %s: the %s layer failed", session_name(self.number), self.protocol
+            )
             self._layer_failed(direction, data)
             return
         if effects:
             self.run(effects, now)
 
     def feed_private(self, direction: Direction, data: bytes) -> None:
-        """Record bytes that may hold credentials, blanked where the layer says, then do what it says."""
+        """Record bytes that may hold credentials, blanked where the layer says, then do what it
+        says.
+        """
         now = self.worker.now()
         offset = direction.received
         failed: ProtocolError | None = None
@@ -191,8 +219,12 @@ class Session:
         except ProtocolError as wrong:
             failed = wrong
         except Exception:
-            log.exception("session %s: the %s layer failed", session_name(self.number), self.protocol)
-            self.record(Gap("session", "parser", count=1, detail="while credentials were exchanged"))
+            log.exception(
+                "session %s: the %s layer failed", session_name(self.number), self.protocol
+            )
+            self.record(
+                Gap("session", "parser", count=1, detail="while credentials were exchanged")
+            )
             failed = ProtocolError(direction.side, "this session cannot be decoded")
         hides = [effect for effect in effects if type(effect) is Hide]
         blanked = data
@@ -243,7 +275,9 @@ class Session:
         direction = self.up if effect.to is UPSTREAM else self.down
         position = self.worker.writer.position
         if effect.origin is not Origin.RELAYED:
-            position = self.worker.append(direction.own_kind, self.number, effect.data, now, direction.own_sent)
+            position = self.worker.append(
+                direction.own_kind, self.number, effect.data, now, direction.own_sent
+            )
             direction.own_sent += len(effect.data)
         direction.send(effect.data, 0, position)
 
@@ -252,13 +286,16 @@ class Session:
             self.timers = {}
         elif effect.timer in self.timers:
             self.timers[effect.timer].cancel()
-        self.timers[effect.timer] = self.worker.loop.call_later(effect.seconds, self._elapsed, effect.timer)
+        self.timers[effect.timer] = self.worker.loop.call_later(
+            effect.seconds, self._elapsed, effect.timer
+        )
 
     def _elapsed(self, timer: str) -> None:
         if not self.closed:
             self.run(self.layer.handle(Elapsed(timer)), self.worker.now())
 
-    # -- ends ---------------------------------------------------------------------------------------------------------
+    # -- ends
+    # ---------------------------------------------------------------------------------------------------------
 
     def source_ended(self, direction: Direction) -> None:
         """The source sent FIN: pass it on after what is unsent, and close when both have."""
@@ -326,14 +363,22 @@ class Session:
             except ProtocolError:
                 pass  # the peer is gone; there is nobody to tell
             except Exception:
-                log.exception("session %s: the %s layer failed at the end", session_name(self.number), self.protocol)
+                log.exception(
+                    "session %s: the %s layer failed at the end",
+                    session_name(self.number),
+                    self.protocol,
+                )
 
     def _protocol_error(self, wrong: ProtocolError) -> None:
-        self.record(Gap("session", "protocol-error", count=1, detail=f"{wrong.side.value}: {wrong}"))
+        self.record(
+            Gap("session", "protocol-error", count=1, detail=f"{wrong.side.value}: {wrong}")
+        )
         self.refuse(str(wrong), "protocol")
 
     def forget_protocol(self) -> None:
-        """Relay both sides from here on; what the layer would have decoded is recorded as bytes only."""
+        """Relay both sides from here on; what the layer would have decoded is recorded as bytes
+        only.
+        """
         if self.prefix is not None:
             self._choose("opaque", "evidence-unavailable")
         facts = Facts(self.number, self.client, self.target, self.worker.keys.digest)
@@ -350,7 +395,9 @@ class Session:
         self.interest()
 
     def refuse(self, message: str, reason: str) -> None:
-        """End the session from the gate's side, with the protocol's own error where there is one."""
+        """End the session from the gate's side, with the protocol's own error where there is
+        one.
+        """
         if self.closed:
             return
         self.ending = (reason, "gate")
@@ -381,7 +428,12 @@ class Session:
                 sock.close()
         self.record(
             SessionClose(
-                reason, by, self.up.received, self.down.received, self.operations, self.started,
+                reason,
+                by,
+                self.up.received,
+                self.down.received,
+                self.operations,
+                self.started,
                 session_name(self.number) if by == "gate" else "",
             )  # fmt: skip
         )

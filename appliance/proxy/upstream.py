@@ -1,7 +1,8 @@
 """The gate's connection to the server that the client meant to reach.
 
-`appliance.proxy.session` dials at accept, so that servers that speak first are heard. With `source = "client"` the connection
-carries the client's own address (IP_TRANSPARENT), with a port of the kernel's choice.
+`appliance.proxy.session` dials at accept, so that servers that speak first are heard. With `source
+= "client"` the connection carries the client's own address (IP_TRANSPARENT), with a port of the
+kernel's choice.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def prepare(sock: socket.socket) -> None:
 
 
 def dial(target: tuple[str, int], source: str | None) -> socket.socket:
-    """Return a socket that is connecting to `target`, from address `source` when given. OSError at once when it cannot."""
+    """Return a socket that is connecting to `target`, from address `source` when given. OSError at
+    once when it cannot.
+    """
     six = ":" in target[0]
     sock = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_STREAM)
     try:

@@ -1,7 +1,7 @@
 """A gate worker: listeners, sessions and one stream of evidence, on one loop in one process.
 
-`appliance.daemon` builds it; nothing here knows how it was configured or who supervises it. The writer thread calls `wake`
-from outside the loop; everything else runs on the loop.
+`appliance.daemon` builds it; nothing here knows how it was configured or who supervises it. The
+writer thread calls `wake` from outside the loop; everything else runs on the loop.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class Worker:
         self._failed_since = 0
         self._stopping: Callable[[], None] | None = None
 
-    # -- life ---------------------------------------------------------------------------------------------------------
+    # -- life
+    # ---------------------------------------------------------------------------------------------------------
 
     def start(self, writer: SegmentWriter) -> None:
         """Open the listeners; from here on connections come."""
@@ -97,7 +98,8 @@ class Worker:
             self._beat()
             stopped()
 
-    # -- evidence -----------------------------------------------------------------------------------------------------
+    # -- evidence
+    # -----------------------------------------------------------------------------------------------------
 
     def record(self, session: int, record: Record, now: int) -> None:
         """Write a record; one that finds no room is counted and becomes a Gap."""
@@ -106,8 +108,12 @@ class Worker:
         except EvidenceError:
             self._lost_records += 1
 
-    def append(self, kind: int, session: int, data: bytes | memoryview, now: int, offset: int) -> int:
-        """Write bytes of a session; without room they are counted as lost and the session ends with the outage."""
+    def append(
+        self, kind: int, session: int, data: bytes | memoryview, now: int, offset: int
+    ) -> int:
+        """Write bytes of a session; without room they are counted as lost and the session ends with
+        the outage.
+        """
         try:
             return self.writer.append(kind, session, data, now, offset)
         except EvidenceError:
@@ -146,7 +152,11 @@ class Worker:
             for session in waiting:
                 session.up.flush()
                 session.down.flush()
-                if not session.closed and (session.up.unsent or session.down.unsent) and session.waits_for_disk:
+                if (
+                    not session.closed
+                    and (session.up.unsent or session.down.unsent)
+                    and session.waits_for_disk
+                ):
                     self._waiting.add(session)
             if self._waiting:
                 self.writer.sync()
@@ -169,11 +179,14 @@ class Worker:
         log.warning("evidence can be written again")
         for session in list(self.sessions.values()):
             outage.end(session, now)
-        gap = Gap("worker", "evidence-unavailable", self._failed_since, now, count=self._lost_records)
+        gap = Gap(
+            "worker", "evidence-unavailable", self._failed_since, now, count=self._lost_records
+        )
         self._failed_since = self._lost_records = 0
         self.record(0, gap, now)
 
-    # -- connections --------------------------------------------------------------------------------------------------
+    # -- connections
+    # --------------------------------------------------------------------------------------------------
 
     def _accept(self, near: socket.socket, peer: tuple[Any, ...]) -> None:
         now = self.now()
@@ -210,7 +223,12 @@ class Worker:
                 listener.pause()
 
     def _refuse(
-        self, near: socket.socket, client: tuple[str, int], target: tuple[str, int], reason: str, now: int
+        self,
+        near: socket.socket,
+        client: tuple[str, int],
+        target: tuple[str, int],
+        reason: str,
+        now: int,
     ) -> None:
         self.refused += 1
         reference = session_name(self.writer.new_session())
@@ -266,7 +284,11 @@ class Worker:
             session.close("timeout", "upstream", reset=True)
 
     def _accept_blocked(self, since: int, until: int) -> None:
-        self.record(0, Gap("worker", "emfile", since, until, detail="connections waited in the backlog"), until)
+        self.record(
+            0,
+            Gap("worker", "emfile", since, until, detail="connections waited in the backlog"),
+            until,
+        )
 
     def closed(self, session: Session) -> None:
         """A session wrote its last record."""
@@ -278,7 +300,8 @@ class Worker:
                 listener.resume()
         self._check_stopped()
 
-    # -- control -----------------------------------------------------------------------------------------------------
+    # -- control
+    # -----------------------------------------------------------------------------------------------------
 
     def list_sessions(self) -> list[dict[str, Any]]:
         """Return the running sessions."""
@@ -301,7 +324,8 @@ class Worker:
             "durable": self.writer.durable, "failed": str(self.writer.failed or ""),
         }  # fmt: skip
 
-    # -- heartbeat ----------------------------------------------------------------------------------------------------
+    # -- heartbeat
+    # ----------------------------------------------------------------------------------------------------
 
     def _heartbeat(self) -> None:
         self._beat()
@@ -318,7 +342,9 @@ class Worker:
 
 
 def kernel_counts() -> tuple[int, int]:
-    """Return (passive opens, dropped or overflowed SYNs) of this network namespace, by the kernel's own count."""
+    """Return (passive opens, dropped or overflowed SYNs) of this network namespace, by the kernel's
+    own count.
+    """
     found: dict[str, int] = {}
     for path in (f"/proc/{os.getpid()}/net/snmp", f"/proc/{os.getpid()}/net/netstat"):
         with open(path, encoding="ascii") as file:

@@ -39,7 +39,7 @@ class Bench:
 
     def until(self, condition, longest_s=20.0):
         async def wait():
-            while not condition():  # noqa: ASYNC110 - the condition may be about another thread
+            while not condition():
                 await asyncio.sleep(0.001)
 
         self.loop.run_until_complete(asyncio.wait_for(wait(), longest_s))
