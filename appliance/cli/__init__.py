@@ -1,0 +1,69 @@
+"""The `narrows` command: one module per command, imported only when it is asked for.
+
+A command module has `SUMMARY`, `arguments(parser)` and `run(words) -> exit code`. Errors that a
+person can mend end in one line on stderr: `Refusal` is raised for them. Exit codes are listed in
+docs/cli.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+from appliance.cli.outcome import USAGE, Refusal
+from appliance.config import EXIT_CONFIG, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COMMANDS = {
+    "serve": "run one of the appliance's processes",
+    "sensor": "run the sensor of this host",
+    "sessions": "list, show or export recorded sessions",
+    "evidence": "verify the evidence, or rebuild its index",
+    "live": "show the sessions that run now",
+    "kill": "end a running session",
+    "redirect": "plan, apply or undo the redirect",
+    "doctor": "say what this machine lacks",
+    "config": "check or show the configuration",
+    "lab": "three hosts on this machine, and the demo on them",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; return its exit code."""
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    parser = _parser(chosen)
+    try:
+        words = parser.parse_args(argv)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    try:
+        return int(words.run(words))
+    except ConfigError as wrong:
+        print(f"narrows: {wrong}", file=sys.stderr)
+        return EXIT_CONFIG
+    except Refusal as refused:
+        print(f"narrows: {refused}", file=sys.stderr)
+        return refused.code
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone: nothing more to say
+        return USAGE
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="narrows", description="Record, attribute and prove what service accounts did."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        if name == chosen:
+            module = importlib.import_module(f"appliance.cli.{name}")
+            module.arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
