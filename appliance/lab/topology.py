@@ -139,7 +139,7 @@ def run(namespace: str, function: Callable[..., Answer], *arguments: Any) -> Ans
         try:
             enter(namespace)
             answer.append(function(*arguments))
-        except BaseException as wrong:  # raised again in the caller
+        except BaseException as wrong:  # noqa: BLE001 - raised again in the caller
             error.append(wrong)
 
     thread = threading.Thread(target=inside)
@@ -164,8 +164,8 @@ def start(
         if namespace is not None:
             enter(namespace)
 
-    # no threads hold locks here
-    return subprocess.Popen(argv, preexec_fn=prepare, **options)
+    # No thread of ours holds a lock that the child would need.
+    return subprocess.Popen(argv, preexec_fn=prepare, **options)  # noqa: PLW1509
 
 
 def _veth(ip: IPRoute, near: str, near_ns: str, far: str, far_ns: str) -> None:
