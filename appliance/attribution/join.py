@@ -96,6 +96,11 @@ class Attributor:
         return self._link.lost
 
     @property
+    def connected(self) -> bool:
+        """Say whether a sensor is connected."""
+        return self._link.connected
+
+    @property
     def waiting(self) -> int:
         """Return how many connections wait for an answer."""
         waiting = [*self._by_handle.values(), *self._by_key.values()]

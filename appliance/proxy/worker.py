@@ -322,6 +322,7 @@ class Worker:
             "worker": self.number, "pid": os.getpid(), "open": len(self.sessions), "accepted": self.accepted,
             "closed": self.ended, "refused": self.refused, "position": self.writer.position,
             "durable": self.writer.durable, "failed": str(self.writer.failed or ""),
+            "sensor": self.attributor.connected,
         }  # fmt: skip
 
     # -- heartbeat
