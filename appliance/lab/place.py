@@ -27,7 +27,7 @@ class Place:
 
     prefix: str = "narrows"
     folder: Path = state.FOLDER  #: lab.json, configuration, logs
-    disk: Path = Path("/var/lib/narrows-lab")  #: the gate's state
+    disk: Path = Path("/var/lib/narrows-lab")  #: the gate's state, the servers' files
     memory: Path = Path("/dev/shm/narrows-lab")  # noqa: S108 - the boot's memory is what it is
     management: bool = True
 
@@ -62,7 +62,7 @@ class Place:
     def configuration(self, given: str = "") -> str:
         """Return the text of a configuration: `given`, and the lab's own for what it lacks."""
         words = {
-            "@STATE@": str(self.disk),
+            "@STATE@": str(self.disk / "state"),
             "@MEMORY@": str(self.memory),
             "@BLOB@": str(BLOB),
             "@CGROUP@": self.prefix,

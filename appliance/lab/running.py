@@ -54,7 +54,8 @@ class Lab:
         LabError, redirect.RedirectError.
         """
         self.down()
-        self.place.folder.mkdir(mode=0o755, parents=True)
+        for folder in (self.place.folder, self.place.disk):
+            folder.mkdir(mode=0o755, parents=True)
         text = self.place.configuration(given)
         self.place.config.write_text(text, encoding="utf-8")
         config = load(self.place.config)

@@ -22,10 +22,13 @@ CREATE ROLE ci_deployer LOGIN PASSWORD 'ci-pass-7f1';
 CREATE ROLE backup_job LOGIN PASSWORD 'backup-pass-2c9';
 CREATE ROLE report_job LOGIN PASSWORD 'report-pass-e40';
 CREATE TABLE customers (id int PRIMARY KEY, name text NOT NULL, card_number text NOT NULL);
-CREATE TABLE orders (id serial PRIMARY KEY, customer int REFERENCES customers, total numeric(10, 2), at timestamptz);
+CREATE TABLE orders (
+  id serial PRIMARY KEY, customer int REFERENCES customers, total numeric(10, 2), at timestamptz
+);
 INSERT INTO customers SELECT n, 'customer ' || n, '4000-0000-0000-' || to_char(n, 'FM0000')
   FROM generate_series(1, 50) n;
-INSERT INTO orders (customer, total, at) SELECT 1 + n % 50, n * 1.25, now() FROM generate_series(1, 500) n;
+INSERT INTO orders (customer, total, at)
+  SELECT 1 + n % 50, n * 1.25, now() FROM generate_series(1, 500) n;
 GRANT SELECT ON ALL TABLES IN SCHEMA public TO backup_job, report_job;
 GRANT ALL ON ALL TABLES IN SCHEMA public TO ci_deployer;
 GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO ci_deployer;
@@ -57,7 +60,8 @@ with psycopg.connect(sys.argv[1], autocommit=True) as connection:
         "SELECT sum(total) FROM orders WHERE customer = ANY(%s)", ([1, 2, 3],)
     ).fetchone()
     print("three customers ordered for", total[0])
-    with connection.cursor().copy("COPY (SELECT name, card_number FROM customers) TO STDOUT") as copy:
+    stolen = "COPY (SELECT name, card_number FROM customers) TO STDOUT"
+    with connection.cursor().copy(stolen) as copy:
         rows = sum(1 for _ in copy.rows())
     print("and", rows, "card numbers left the building")
 """
@@ -91,26 +95,27 @@ def workloads(scripts: Path, python: str) -> list[Workload]:
     files = {"deploy.sql": DEPLOY, "report.sql": REPORT, "driver.py": DRIVER, "raw.py": RAW}
     for name, text in files.items():
         (scripts / name).write_text(text, encoding="utf-8")
-
-    def database(user: str, secret: str) -> dict[str, str]:
-        return {
-            "PGHOST": SERVER, "PGDATABASE": DATABASE, "PGUSER": user, "PGPASSWORD": secret,
-            "PGSSLMODE": "disable", "PGCONNECT_TIMEOUT": "10",
-        }  # fmt: skip
-
-    ci = database("ci_deployer", "ci-pass-7f1")
-    backup = database("backup_job", "backup-pass-2c9")
-    report = database("report_job", "report-pass-e40")
+    ci = _database("ci_deployer", "ci-pass-7f1")
+    backup = _database("backup_job", "backup-pass-2c9")
+    report = _database("report_job", "report-pass-e40")
+    psql = ("psql", "-X", "-q")
+    bench = ("pgbench", "-n", "-c", "4", "-j", "2", "-t", "25", "-M", "prepared")
     return [
-        Workload("ci-deployer", ("psql", "-X", "-q", "-f", str(scripts / "deploy.sql")), ci),
-        Workload("ci-deployer", ("curl", "-sS", "-o", "/dev/null", f"http://{SERVER}/"), {}, "opaque"),
-        Workload("backup-job", ("psql", "-X", "-q", "-o", "/dev/null", "-c", "COPY orders TO STDOUT"), backup),
+        Workload("ci-deployer", (*psql, "-f", str(scripts / "deploy.sql")), ci),
+        Workload("ci-deployer", ("curl", "-sS", f"http://{SERVER}/"), {}, "opaque"),
+        Workload("backup-job", (*psql, "-o", "/dev/null", "-c", "COPY orders TO STDOUT"), backup),
         Workload("backup-job", (python, str(scripts / "raw.py"), SERVER), {}, "opaque"),
-        Workload(
-            "report-job",
-            ("pgbench", "-n", "-c", "4", "-j", "2", "-t", "25", "-M", "prepared",
-             "-f", str(scripts / "report.sql"), DATABASE),
-            report,
-        ),
+        Workload("report-job", (*bench, "-f", str(scripts / "report.sql"), DATABASE), report),
         Workload("report-job", (python, str(scripts / "driver.py"), ""), report),
-    ]  # fmt: skip
+    ]
+
+
+def _database(user: str, secret: str) -> dict[str, str]:
+    return {
+        "PGHOST": SERVER,
+        "PGDATABASE": DATABASE,
+        "PGUSER": user,
+        "PGPASSWORD": secret,
+        "PGSSLMODE": "disable",
+        "PGCONNECT_TIMEOUT": "10",
+    }
