@@ -167,7 +167,7 @@ class Stage:
         folder.mkdir()
         shutil.chown(folder, "postgres")
         self.work.chmod(0o755)
-        binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
+        binaries = max(Path("/usr/lib/postgresql").glob("*/bin"))
         data = folder / "data"
         become = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "--"]
         subprocess.run(

@@ -90,7 +90,7 @@ def idle(stage: Stage, report: Report, rounds: int) -> None:
 
 
 def pg(stage: Stage, report: Report, rounds: int) -> None:
-    """pgbench -S: CPU microseconds of the proxy per query, 16 clients; and latency with one."""
+    """Run pgbench -S: CPU microseconds of the proxy per query, 16 clients; and latency with one."""
     stage.start_postgresql()
     paths = {"gate": SERVER4, "pgbouncer": GATE_CLIENT4, "direct": SERVER4}
     for mode, clients in (("simple", 16), ("prepared", 16), ("simple", 1)):

@@ -116,7 +116,7 @@ class Stage(Lab):
 
 
 def served(listener, serve, connections=1):
-    """Accept `connections` times in a thread and call `serve(socket)` for each; returns the thread."""
+    """Accept `connections` times in a thread, calling `serve(socket)` each time; returns it."""
 
     def run():
         for _ in range(connections):
