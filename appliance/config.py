@@ -81,9 +81,8 @@ class Gate:
     workers: int = 0  #: processes; 0 means one a core
     listen_port: int = 15001  #: port of the transparent listeners
     connect_timeout_s: float = 10.0  #: for the upstream connection
-    detect_ms: int = (
-        200  #: how long a client may be silent, or undecided, before its session is opaque
-    )
+    #: how long a client may be silent, or undecided, before its session is opaque
+    detect_ms: int = 200
     max_sessions: int = 9000  #: per worker; above it connections wait in the backlog
 
 
@@ -113,9 +112,8 @@ class Attribution:
     """[attribution]"""
 
     wait_ms: int = 50  #: longest wait for an owner before the first upstream byte
-    on_forged: Literal["continue", "refuse"] = (
-        "continue"  #: what to do with a forged or replayed identity
-    )
+    #: what to do with a forged or replayed identity
+    on_forged: Literal["continue", "refuse"] = "continue"
     replay_entries: int = 1 << 18  #: size of the replay cache that the workers share
 
 
@@ -123,9 +121,8 @@ class Attribution:
 class Sensor:
     """[sensor]"""
 
-    cgroup: str = (
-        ""  #: subtree whose processes are seen, below the cgroup v2 mount; "" is all of it
-    )
+    #: subtree whose processes are seen, below the cgroup v2 mount; "" is all of it
+    cgroup: str = ""
     prefixes: tuple[Network, ...] = ()  #: destinations towards which the SYN option is written
     covers: tuple[Network, ...] = ()  #: client addresses that this sensor answers for
     host: str = ""  #: name of this host in owner records; "" is the host name
@@ -142,9 +139,8 @@ class Route:
     )  #: destination networks
     ports: Ports = Ports()  #: destination ports
     protocol: str = "tcp"  #: "tcp", "udp", "icmp" or an IP protocol number
-    action: Literal["intercept", "allow"] = (
-        "intercept"  #: "allow" is for what is not TCP: routed and counted
-    )
+    #: "allow" is for what is not TCP: routed and counted
+    action: Literal["intercept", "allow"] = "intercept"
     durability: Literal["write", "fsync"] = "write"  #: when bytes may leave
     on_evidence_failure: Literal["closed", "open"] = "closed"  #: when evidence cannot be written
     on_failure: Literal["closed", "bypass"] = "closed"  #: when no gate process is there
