@@ -1,0 +1,266 @@
+"""Follows every segment on disk: gives each commit once, decrypted, in the order of its stream.
+
+The seal drives one `Follower` and hands what it gives to the ledger and to the index, so that
+segments are read and decrypted once. It never changes a file. Nothing is promised about the order
+between streams: a `Recovered` record may come before the last commits of the incarnation that it
+names.
+
+Theory of operation. Segments of one incarnation are read in the order of their generations, one at
+a time. A segment ends with its final commit. A writer names its next segment before it finishes the
+last one, so a segment without a final commit is left only when a later segment of its incarnation
+is final: then its writer went on or is dead, and one more look shows the last of it. Directories
+are listed again only when they changed; a living segment that did not grow costs one read of 64
+bytes, a finished one nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from capture.errors import EvidenceError, FormatError
+from capture.segfile import BLOCK
+from capture.tail import CommitInfo, SegmentReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from capture.crypt import Keys
+    from capture.store import Store
+
+#: How much one step gives, in bytes of segments.
+STEP_BYTES = 8 << 20
+#: A directory that changed shortly before it was listed may change again under the same time.
+_SETTLED_NS = 1_000_000_000
+
+
+class Cursor(NamedTuple):
+    """The next commit to read of a segment."""
+
+    number: int
+    offset: int
+
+
+BEGINNING = Cursor(0, BLOCK)
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """One commit of a segment, as it lies on disk and opened."""
+
+    generation: int
+    incarnation: int
+    stream: str
+    commit: CommitInfo
+    raw: bytes  #: the block range; its SHA-256 is what the ledger commits to
+    plaintext: bytes  #: the frames; empty when the commit does not authenticate (see `damage`)
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Something on disk that is not what a writer wrote. `offset` is 0 for a whole segment."""
+
+    generation: int
+    offset: int
+    reason: str
+
+
+class Follower:
+    """Every commit on disk from the cursors of `start` on; a generation's is asked for once."""
+
+    def __init__(
+        self, store: Store, keys: Keys, start: Callable[[int], Cursor] = lambda _: BEGINNING
+    ) -> None:
+        self._store, self._keys, self._start = store, keys, start
+        self._known: set[int] = set()
+        self._streams: dict[int, _Stream] = {}
+        self._listed_ns = -1
+        self.damage: list[Damage] = []  #: found since the caller last took it
+
+    def step(self, limit: int = STEP_BYTES) -> list[Followed]:
+        """Return what is new, at most about `limit` bytes of segments; empty when all was given.
+
+        A stream that filled a step comes last in the next one.
+        """
+        self._look()
+        found: list[Followed] = []
+        taken = 0
+        for stream in list(self._streams.values()):
+            while taken < limit and (followed := stream.next(self.damage)) is not None:
+                found.append(followed)
+                taken += followed.commit.total_bytes
+            del self._streams[stream.incarnation]
+            if not stream.idle:
+                self._streams[stream.incarnation] = stream  # last in turn
+            if taken >= limit:
+                break
+        return found
+
+    def close(self) -> None:
+        """Close the segments that are open."""
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+
+    def _look(self) -> None:
+        """Take up segments that were not there before."""
+        changed_ns = self._store.segments.stat().st_mtime_ns
+        if changed_ns == self._listed_ns:
+            return
+        settled = abs(time.time_ns() - changed_ns) > _SETTLED_NS
+        for generation in self._store.generations():
+            if generation not in self._known:
+                self._take_up(generation)
+        self._listed_ns = changed_ns if settled else -1
+
+    def _take_up(self, generation: int) -> None:
+        path = self._store.segment(generation)
+        try:
+            with SegmentReader(path) as reader:
+                incarnation = reader.header.incarnation
+        except FileNotFoundError:
+            return
+        except FormatError as wrong:
+            self.damage.append(Damage(generation, 0, str(wrong)))
+        else:
+            stream = self._streams.get(incarnation)
+            if stream is None:
+                stream = _Stream(incarnation, self._store.segment, self._keys, self._start)
+                self._streams[incarnation] = stream
+            stream.waiting.append(generation)
+        self._known.add(generation)
+
+
+class _Stream:
+    """The segments of one incarnation that are not read to their end; only the first is open."""
+
+    __slots__ = ("_head", "_keys", "_last_look", "_path", "_start", "incarnation", "waiting")
+
+    def __init__(
+        self,
+        incarnation: int,
+        path: Callable[[int], Path],
+        keys: Keys,
+        start: Callable[[int], Cursor],
+    ) -> None:
+        self.incarnation = incarnation
+        self.waiting: deque[int] = deque()  #: later generations, oldest first
+        self._path, self._keys, self._start = path, keys, start
+        self._head: _Head | None = None
+        self._last_look = False
+
+    @property
+    def idle(self) -> bool:
+        """Say whether every segment was read to its end."""
+        return self._head is None and not self.waiting
+
+    def next(self, damage: list[Damage]) -> Followed | None:
+        """Return the next commit, or None when there is none now."""
+        while not self.idle:
+            head = self._head or self._open(damage)
+            if head is None:
+                continue
+            followed = head.next(damage)
+            if followed is not None:
+                if followed.commit.final:
+                    self.close()
+                return followed
+            if self._last_look:
+                head.left(damage)
+                self.close()
+            elif not self._left():
+                return None
+            else:
+                self._last_look = True
+        return None
+
+    def close(self) -> None:
+        """Close the segment that is being read."""
+        if self._head is not None:
+            self._head.reader.close()
+            self._head = None
+        self._last_look = False
+
+    def _open(self, damage: list[Damage]) -> _Head | None:
+        generation = self.waiting.popleft()
+        try:
+            reader = SegmentReader(self._path(generation), self._keys)
+        except FileNotFoundError:
+            return None
+        except EvidenceError as wrong:
+            damage.append(Damage(generation, 0, str(wrong)))
+            return None
+        cursor = self._start(generation)
+        if _ends_final(reader) == cursor.offset:
+            reader.close()
+            return None
+        self._head = _Head(reader, cursor)
+        return self._head
+
+    def _left(self) -> bool:
+        """Say whether a later segment is final, so that nothing more comes to this one."""
+        for generation in reversed(self.waiting):
+            with (
+                contextlib.suppress(OSError, EvidenceError),
+                SegmentReader(self._path(generation)) as reader,
+            ):
+                if _ends_final(reader):
+                    return True
+        return False
+
+
+class _Head:
+    """The segment of a stream that is being read."""
+
+    __slots__ = ("_number", "_offset", "reader")
+
+    def __init__(self, reader: SegmentReader, cursor: Cursor) -> None:
+        self.reader = reader
+        self._number, self._offset = cursor
+
+    def next(self, damage: list[Damage]) -> Followed | None:
+        """Return the commit at the cursor and move on; None when it is not wholly written."""
+        commit = self.reader.commit_at(self._offset)
+        if commit is None or commit.number != self._number:
+            return None
+        try:
+            raw = self.reader.raw(commit)
+            plaintext = self.reader.open(raw, commit)
+        except FormatError:
+            # A writer's store of some megabytes is seen in parts; but once the next commit is
+            # there, this one is as it will be.
+            after = self.reader.commit_at(commit.offset + commit.total_bytes)
+            if after is None or after.number != commit.number + 1:
+                return None
+            raw = self.reader.raw(commit)
+            plaintext = self._open_damaged(raw, commit, damage)
+        self._number += 1
+        self._offset += commit.total_bytes
+        header = self.reader.header
+        return Followed(
+            header.generation, header.incarnation, header.stream, commit, raw, plaintext
+        )
+
+    def left(self, damage: list[Damage]) -> None:
+        """Nothing more comes; a final segment that was not read to its end is damaged."""
+        if _ends_final(self.reader):
+            reason = "the chain of commits breaks here"
+            damage.append(Damage(self.reader.header.generation, self._offset, reason))
+
+    def _open_damaged(self, raw: bytes, commit: CommitInfo, damage: list[Damage]) -> bytes:
+        try:
+            return self.reader.open(raw, commit)
+        except FormatError as wrong:
+            damage.append(Damage(self.reader.header.generation, commit.offset, str(wrong)))
+            return b""
+
+
+def _ends_final(reader: SegmentReader) -> int:
+    """Return the size of a segment that ends with its final commit, 0 of any other."""
+    size = reader.path.stat().st_size
+    last = reader.commit_at(size - BLOCK) if size > BLOCK else None
+    return size if last is not None and last.final else 0
