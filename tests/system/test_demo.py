@@ -1,0 +1,36 @@
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.system
+KEYS = {
+    "id", "service_account", "assurance", "owner", "client", "target", "protocol", "operations",
+    "bytes_up", "bytes_down",
+}  # fmt: skip
+
+
+def test_the_demo_proves_the_main_job_and_leaves_nothing_behind():
+    done = subprocess.run(
+        [str(ROOT / "run"), "demo", "--once", "--json"],
+        capture_output=True, text=True, check=False, timeout=115,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    story = json.loads(done.stdout)
+    assert story["verify"]["ok"]
+    assert story["verify"]["leaves"] > 0
+    accounts = {session["service_account"] for session in story["sessions"]}
+    assert accounts == {"ci-deployer", "backup-job", "report-job"}
+    for session in story["sessions"]:
+        assert set(session) == KEYS
+        assert session["assurance"] == "kernel"
+        assert {"exe", "pid", "cgroup"} <= set(session["owner"])
+        assert session["bytes_up"] > 0
+        assert session["bytes_down"] > 0
+    protocols = {session["protocol"] for session in story["sessions"]}
+    assert protocols == {"postgresql", "opaque"}
+    for path in ("/run/narrows-lab", "/var/lib/narrows-lab", "/run/netns/narrows-gate"):
+        assert not Path(path).exists()
