@@ -22,7 +22,7 @@ from appliance.live import ControlSocket
 from appliance.proxy import redirect
 from appliance.proxy.worker import Worker
 from capture.crypt import Keys
-from capture.records import Gap
+from capture.errors import EvidenceError
 from capture.segment import SegmentWriter
 from capture.settings import WriterSettings
 from capture.store import Store
@@ -42,14 +42,11 @@ def gate(config: Config, number: int) -> int:
     check_overlaps(config.account, config.file)
     _all_descriptors()
     own = redirect.own_addresses()  # netlink before the loop: pyroute2 runs a loop of its own
-    bypassed = redirect.bypassed(config) if number == 0 else []
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_gate(config, number, own, bypassed))
+        return runner.run(_gate(config, number, own))
 
 
-async def _gate(
-    config: Config, number: int, own: set[str], bypassed: list[tuple[str, int, int]]
-) -> int:
+async def _gate(config: Config, number: int, own: set[str]) -> int:
     loop = asyncio.get_running_loop()
     store = Store(config.paths.state, config.paths.run)
     store.prepare()
@@ -69,9 +66,8 @@ async def _gate(
         store, keys, f"gate-{number}", role="gate", worker=number, settings=_settings(config),
         wake=worker.wake, config_sha256=config.sha256,
     )  # fmt: skip
-    if bypassed:
-        _record_bypass(bypassed, writer)
-        await asyncio.to_thread(redirect.renew, config)
+    if number == 0:
+        await asyncio.to_thread(_record_bypass, writer)
     worker.start(writer)
     control = ControlSocket(worker, config.paths.run / f"gate-{number}.sock")
     await control.start()
@@ -120,13 +116,22 @@ def _settings(config: Config) -> WriterSettings:
     )
 
 
-def _record_bypass(bypassed: list[tuple[str, int, int]], writer: SegmentWriter) -> None:
-    """Record what passed while no gate was there; durable before the counters start anew."""
-    now = time.time_ns()
-    for route, packets, size in bypassed:
-        gap = Gap("route", "bypass", until=now, bytes_up=size, packets=packets, detail=route)
-        writer.record(0, gap, now)
-    writer.wait_durable()
+def _record_bypass(writer: SegmentWriter) -> None:
+    """Record what passed while no gate was there; durable before the counters start anew.
+
+    Called on a thread: netlink has a loop of its own, and the disk is waited for. When the disk
+    does not take it, the counters stay as they are and the next start records them.
+    """
+    gaps = redirect.bypass_gaps()
+    try:
+        for gap in gaps:
+            writer.record(0, gap, gap.until)
+        if gaps:
+            writer.wait_durable()
+        for late in redirect.settle_bypass(gaps):
+            writer.record(0, late, late.until)
+    except EvidenceError:
+        log.exception("what passed without a gate is not recorded yet")
 
 
 def _expire(loop: asyncio.AbstractEventLoop, table: OwnerTable) -> None:

@@ -8,8 +8,11 @@ protocol number (`routing`).
 Order is safety. Every change is one system call, so the kernel has taken all of it or none when a
 process dies:
 
-    apply   1 the guard: from here on client subnets are closed   2 the rule set   3 guard rules that are not needed any more
-    undo    1 the rule set: client subnets are closed             2 the guard
+    apply   1 the guard: from here on client subnets are closed
+            2 the rule set
+            3 guard rules that are not needed any more
+    undo    1 the rule set: client subnets are closed
+            2 the guard
 
 After any number of these steps a connection of a client goes through the listener or fails, unless
 nothing was applied before and the first step was not reached. A rule set that is gone while the
@@ -34,8 +37,9 @@ if TYPE_CHECKING:
     from appliance.config import Config
 
 __all__ = [
-    "MARK_LOCAL", "MARK_PASS", "TABLE", "Problem", "RedirectError", "Step", "apply", "bypass_gaps", "bypassed", "check",
-    "client_interfaces", "counted", "own_addresses", "plan", "settle_bypass", "undo", "undo_steps",
+    "MARK_LOCAL", "MARK_PASS", "TABLE", "Problem", "RedirectError", "Step", "apply", "bypass_gaps",
+    "bypassed", "check", "client_interfaces", "counted", "own_addresses", "plan", "settle_bypass",
+    "undo", "undo_steps",
 ]  # fmt: skip
 
 

@@ -1,14 +1,13 @@
 """What would keep redirected sessions from working, or let clients around the gate, as far as this
 host can see it.
 
-`narrows redirect apply`, `narrows doctor` and the gate's start ask; each `Problem` says what to do.
-What other hosts do (whether a server's answers really come back through here) cannot be seen from
-here, except where clients and servers share a link.
+`narrows redirect`, `narrows doctor` and the gate's start ask; each `Problem` says what to do. What
+other hosts do (whether a server's answers really come back through here) cannot be seen from here,
+except where clients and servers are reached through one link.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import socket
 from dataclasses import dataclass
@@ -20,10 +19,12 @@ from pyroute2 import IPRoute
 from appliance.proxy.redirect import routing
 
 if TYPE_CHECKING:
-    from appliance.config import Config, Network
+    from collections.abc import Iterable
+
+    from appliance.config import Config, Network, Route
 
 _SYSCTLS = Path("/proc/sys/net")
-_MAIN = 254
+_MAIN, _UNICAST = 254, 1
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -53,8 +54,8 @@ def own_addresses() -> set[str]:
 def client_interfaces(config: Config) -> list[str]:
     """Return the names of the interfaces through which the main table reaches client subnets."""
     with IPRoute() as ip:
-        table = _Routes(ip)
-        indexes = {index for network in config.redirect.clients for index, _ in table.to(network)}
+        table = _Routes.read(ip)
+        indexes = {index for network in config.redirect.clients for index in table.to(network)}
         names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in ip.get_links()}
     return sorted({names[index] for index in indexes if index in names} - {"lo"})
 
@@ -68,35 +69,40 @@ def check(config: Config) -> list[Problem]:
         hint = f"they may route clients around the gate: give them priorities above {routing.END}"
         problems.append(Problem(f"policy rules {numbers} come before ours", hint))
     with IPRoute() as ip:
-        problems += _route_problems(config, _Routes(ip))
+        problems += _route_problems(config, _Routes.read(ip))
     return problems
 
 
+@dataclass(frozen=True, slots=True)
 class _Routes:
-    """The main routing table, as it is now."""
+    """The main routing table, as it is now: (network, index of the interface)."""
 
-    def __init__(self, ip: IPRoute) -> None:
-        self._routes: list[tuple[Network, int, bool, int]] = []
+    entries: tuple[tuple[Network, int], ...]
+
+    @classmethod
+    def read(cls, ip: IPRoute) -> _Routes:
+        found = []
         for family in _FAMILIES:
             for route in ip.get_routes(family=family, table=_MAIN):
-                self._routes += [
-                    (_network(family, route), *hop, route["type"]) for hop in _hops(route)
-                ]
+                if route["type"] == _UNICAST:
+                    found += [(_network(family, route), index) for index in _hops(route)]
+        return cls(tuple(found))
 
-    def to(self, network: Network) -> set[tuple[int, bool]]:
-        """Return (interface, is it reached without a further router) of the routes that lead to
-        parts of a network.
+    def to(self, network: Network) -> set[int]:
+        """Return the interfaces of the routes that lead to parts of a network.
 
         Those inside it, and the most specific one that covers it.
         """
-        mine = [
-            entry for entry in self._routes if entry[0].version == network.version and entry[3] == 1
-        ]
-        inside = [entry for entry in mine if _within(entry[0], network)]
-        around = [entry for entry in mine if _within(network, entry[0])]
+        inside = [entry for entry in self.entries if _within(entry[0], network)]
+        around = [entry for entry in self.entries if _within(network, entry[0])]
         longest = max((entry[0].prefixlen for entry in around), default=-1)
         best = [entry for entry in around if entry[0].prefixlen == longest]
-        return {(index, direct) for _, index, direct, _ in inside + best}
+        return {index for _, index in inside + best}
+
+    def without(self, networks: Iterable[Network]) -> _Routes:
+        """Return the routes that lead elsewhere than to those networks."""
+        left = [entry for entry in self.entries if not any(_within(entry[0], n) for n in networks)]
+        return _Routes(tuple(left))
 
 
 def _within(inner: Network, outer: Network) -> bool:
@@ -108,83 +114,79 @@ def _network(family: int, route: Any) -> Network:
     return ipaddress.ip_network(f"{route.get_attr('RTA_DST') or nothing}/{route['dst_len']}")
 
 
-def _hops(route: Any) -> list[tuple[int, bool]]:
-    """Return (interface, without a further router) of each next hop."""
+def _hops(route: Any) -> list[int]:
+    """Return the interface of each next hop."""
     several = route.get_attr("RTA_MULTIPATH")
     if several:
-        return [(hop["oif"], hop.get_attr("RTA_GATEWAY") is None) for hop in several]
-    gateway = route.get_attr("RTA_GATEWAY") or route.get_attr("RTA_VIA")
-    return [(route.get_attr("RTA_OIF") or 0, gateway is None)]
+        return [hop["oif"] for hop in several]
+    return [route.get_attr("RTA_OIF") or 0]
 
 
 def _sysctl(path: str) -> str:
-    with contextlib.suppress(OSError):
+    try:
         return (_SYSCTLS / path).read_text(encoding="ascii").strip()
-    return ""
+    except OSError:
+        return ""
 
 
 def _sysctl_problems(config: Config) -> list[Problem]:
-    found = []
     versions = {network.version for network in config.redirect.clients}
-    wrong = []
+    found = []
     if 4 in versions:
-        wrong.append(("ipv4/ip_forward", "0", "what bypasses or is allowed is not routed"))
-        wrong.append(
-            ("ipv4/tcp_fwmark_accept", "1", "answers to clients would be sent to this host itself")
-        )
-        wrong.append(
-            ("ipv4/fwmark_reflect", "1", "answers to clients would be sent to this host itself")
-        )
+        found += _not_forwarding("ipv4/ip_forward")
+        found += _reverse_path_problems()
     if 6 in versions:
-        wrong.append(("ipv6/conf/all/forwarding", "0", "what bypasses or is allowed is not routed"))
-        wrong.append(
-            ("ipv6/fwmark_reflect", "1", "answers to clients would be sent to this host itself")
-        )
-    interfaces = client_interfaces(config)
-    marked = [f"ipv4/conf/{name}/src_valid_mark" for name in ("all", *interfaces)]
-    wrong += [
-        (path, "1", "redirected packets would be dropped as martians")
-        for path in marked
-        if 4 in versions
-    ]
-    for path, value, why in wrong:
-        if _sysctl(path) == value:
-            name = "net." + path.replace("/", ".")
-            found.append(
-                Problem(f"{name} is {value}, {why}", f"sysctl -w {name}={int(value == '0')}")
-            )
+        found += _not_forwarding("ipv6/conf/all/forwarding")
     return found
+
+
+def _not_forwarding(path: str) -> list[Problem]:
+    if _sysctl(path) != "0":
+        return []
+    name = "net." + path.replace("/", ".")
+    text = f"{name} is 0: what bypasses or is allowed is not routed"
+    return [Problem(text, f"sysctl -w {name}=1")]
+
+
+def _reverse_path_problems() -> list[Problem]:
+    """Return a problem when the reverse path filter would drop what passes.
+
+    The filter asks for a route back without the packet's mark, unless src_valid_mark says
+    otherwise, and the guard answers that there is none (net/ipv4/fib_frontend.c,
+    __fib_validate_source).
+    """
+    names = sorted(path.name for path in (_SYSCTLS / "ipv4/conf").iterdir())
+    strict = [name for name in names if _sysctl(f"ipv4/conf/{name}/rp_filter") not in {"", "0"}]
+    if _sysctl("ipv4/conf/all/src_valid_mark") == "1" or not {*strict} - {"default", "lo"}:
+        return []
+    text = f"rp_filter is on ({', '.join(strict)}), and drops what passes the guard by its mark"
+    return [Problem(text, "sysctl -w net.ipv4.conf.all.src_valid_mark=1")]
 
 
 def _route_problems(config: Config, table: _Routes) -> list[Problem]:
+    clients = config.redirect.clients
     found = []
-    near: set[int] = set()
-    for network in config.redirect.clients:
-        hops = table.to(network)
-        near |= {index for index, _ in hops}
-        if not hops:
+    for network in clients:
+        if not table.to(network):
             hint = "add the route, then apply again"
             found.append(Problem(f"no route leads to clients {network}", hint))
+    near = {index for network in clients for index in table.to(network)}
+    others = table.without(clients)
     for route in config.route:
-        for network in _narrow(route.destinations):
-            if not table.to(network):
-                found.append(
-                    Problem(
-                        f"route {route.name!r}: no route leads to {network}", "add a route to it"
-                    )
-                )
-        shared = {
-            index for n in route.destinations for index, direct in table.to(n) if direct
-        } & near
-        apart = {index for n in config.redirect.clients for index, _ in table.to(n)}
-        if (
-            route.source == "client"
-            and route.action == "intercept"
-            and _one_armed(config, route.destinations, table)
-        ):
-            hint = 'servers would answer clients directly and not through the gate: set source = "gate"'
-            found.append(
-                Problem(f"route {route.name!r}: clients and servers are on one link", hint)
-            )
-        del shared, apart
+        for network in route.destinations:
+            if network.prefixlen and not table.to(network):
+                lost = f"route {route.name!r}: no route leads to {network}"
+                found.append(Problem(lost, "add a route to it"))
+        if route.source == "client" and route.action == "intercept":
+            far = {index for network in route.destinations for index in others.to(network)}
+            found += _one_armed(route, near & far)
     return found
+
+
+def _one_armed(route: Route, shared: set[int]) -> list[Problem]:
+    if not shared:
+        return []
+    names = ", ".join(sorted(socket.if_indextoname(index) for index in shared))
+    text = f"route {route.name!r}: clients and servers are both reached through {names}"
+    hint = 'servers may answer clients directly and not through the gate: set source = "gate"'
+    return [Problem(text, hint)]

@@ -83,9 +83,8 @@ def settle_bypass(recorded: Iterable[Gap]) -> list[Gap]:
 
 
 def _gap(route: str, packets: int, size: int, answers: tuple[int, int], since: int) -> Gap:
-    return Gap(
-        "route", "bypass", since, time.time_ns(), size, answers[1], packets=packets + answers[0], detail=route
-    )  # fmt: skip
+    both = packets + answers[0]
+    return Gap("route", "bypass", since, time.time_ns(), size, answers[1], both, detail=route)
 
 
 def _since() -> dict[bytes, int]:

@@ -103,15 +103,11 @@ def wanted(clients: Iterable[Network]) -> list[PolicyRule]:
     """Return the rules that guard the client subnets, in the order in which they may be added one
     by one.
     """
-    networks = {
-        n
-        for v in (4, 6)
-        for n in ipaddress.collapse_addresses(c for c in clients if c.version == v)
-    }  # type: ignore[type-var]
+    networks = list(clients)
     rules = []
     for family in _FAMILIES:
         version = 6 if family == socket.AF_INET6 else 4
-        mine = sorted(str(network) for network in networks if network.version == version)
+        mine = sorted(map(str, _collapsed(n for n in networks if n.version == version)))
         rules += [
             PolicyRule(family, END, _NOP),
             PolicyRule(family, LOCAL, _TO_TABLE, mark=MARK_LOCAL, table=LOCAL_TABLE),
@@ -121,6 +117,11 @@ def wanted(clients: Iterable[Network]) -> list[PolicyRule]:
             *(PolicyRule(family, TO_CLIENTS, _UNREACHABLE, destination=text) for text in mine),
         ]
     return rules
+
+
+def _collapsed(networks: Iterable[Network]) -> list[Network]:
+    """Return the fewest networks of one IP version that cover the same addresses."""
+    return list(ipaddress.collapse_addresses(networks))  # type: ignore[type-var]
 
 
 def present() -> list[PolicyRule]:
@@ -178,7 +179,7 @@ def make(change: Changes) -> None:
 
 def local_routes() -> list[int]:
     """Return the families whose every address LOCAL_TABLE makes local, by a route of ours."""
-    found = []
+    found: list[int] = []
     with IPRoute() as ip:
         for family in _FAMILIES:
             for route in ip.get_routes(family=family, table=LOCAL_TABLE):

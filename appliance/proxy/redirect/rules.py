@@ -5,14 +5,20 @@ One chain at prerouting (`pre`), before routing decides; the others are reached 
 or leaves a client subnet through the gate is a session, a listed bypass, an allowed and counted
 flow, or nothing:
 
-    pre       lo passes; packets of our own sockets, and ICMP errors about them, are delivered here; then by address:
-    from4/6   from a client: what keeps the network working; own, management and martian destinations (`refuse`);
-              the bypass list; QUIC; TCP by route (`tcp`); other protocols by route; drop
+    pre       lo passes; packets of our own sockets, and ICMP errors about them, are delivered
+              here; then by address:
+    from4/6   from a client: what keeps the network working; own, management and martian
+              destinations (`refuse`); the bypass list; QUIC; TCP by route (`tcp`); other protocols
+              by route; drop
     refuse    TCP goes to the listener, which refuses and records it; anything else is dropped
-    tcp4/6    first route that matches (`routeN`); what no route names goes to the listener too, which refuses it
-    routeN    the listener; without one, drop, or (on_failure = "bypass") strip the SYN option, count, pass
-    to4/6     towards a client and no session: the return way of bypasses and allowed flows, and ICMP errors; drop
-    up4/6, down4/6   count an allowed packet under client, protocol and port, and let it pass; `FlowMeter` swaps their set
+    tcp4/6    first route that matches (`routeN`); what no route names goes to the listener too,
+              which refuses it
+    routeN    the listener; without one, drop, or (on_failure = "bypass") strip the SYN option,
+              count, pass
+    to4/6     towards a client and no session: the return way of bypasses and allowed flows, and
+              ICMP errors; drop
+    up4/6, down4/6   count an allowed packet under client, protocol and port, and let it pass;
+              `flows` swaps the set that they count in
 
 A packet that passes carries MARK_PASS, one for a socket of ours MARK_LOCAL; `routing` says what the
 marks do. The kernel reassembles fragments before `pre`, because tproxy asks for it, so ports can
@@ -29,6 +35,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from appliance.proxy.redirect import nft
+from appliance.proxy.redirect.netlink import text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -126,7 +133,7 @@ def flow_set(version: int, generation: str) -> str:
 def generation(applied: nft.Applied) -> str:
     """Return which of the two flow sets the applied rules count into; "a" when there are none."""
     first = next(iter(applied.rules.get("up4", ())), b"")
-    return "b" if nft.text(flow_set(4, "b")) in first else "a"
+    return "b" if text(flow_set(4, "b")) in first else "a"
 
 
 def build(config: Config, interfaces: Iterable[str], active: str) -> nft.Table:
@@ -183,7 +190,8 @@ class _Builder:
         self._generation = generation
         self._table = nft.Table(TABLE, BASE, chains={BASE: []})
         self._table.counters = [
-            "session", "redirected", "refused", "bypass", "control", "quic", "spoofed", "direct", "dropped",
+            "session", "redirected", "refused", "bypass", "control", "quic", "spoofed", "direct",
+            "dropped",
         ]  # fmt: skip
 
     def build(self, interfaces: list[str]) -> nft.Table:
