@@ -12,7 +12,7 @@ How the driver treats a layer:
   `Forward`;
 * bytes of a side in `passive` are forwarded unchanged before `handle` is called: the layer then
   only decodes (its list holds no `Forward` for them);
-* `Relay` ends the layer's interest in a side's bytes for `count` bytes (or for good): they pass
+* `Relay` ends the layer's interest in a side's bytes for `length` bytes (or for good): they pass
   without `handle`.
 
 Events and effects are named tuples, not dataclasses: they are made several times per message on the
@@ -39,6 +39,9 @@ class Side(Enum):
 
     CLIENT = "client"
     UPSTREAM = "upstream"
+
+    #: Members are singletons; Enum's own hash is a Python call, made on every event.
+    __hash__ = object.__hash__
 
 
 CLIENT = Side.CLIENT
@@ -67,11 +70,16 @@ class Answer(Enum):
 
 
 class ProtocolError(Exception):
-    """The peer on `side` broke the protocol: the session is refused natively and closed."""
+    """The peer on `side` broke the protocol: the session is refused natively and closed.
 
-    def __init__(self, side: Side, message: str) -> None:
+    `done` is what the layer had decided about the bytes before the broken ones; the driver runs it
+    first, so that the outcome does not depend on how the bytes were cut into pieces.
+    """
+
+    def __init__(self, side: Side, message: str, done: list[Effect] | None = None) -> None:
         super().__init__(message)
         self.side = side
+        self.done: list[Effect] = done or []
 
 
 class Data(NamedTuple):
@@ -135,12 +143,12 @@ class SetTimer(NamedTuple):
 
 
 class Relay(NamedTuple):
-    """Pass the next `count` bytes from `from_side` without `handle`; FOREVER for the rest of the
+    """Pass the next `length` bytes from `from_side` without `handle`; FOREVER for the rest of the
     session.
     """
 
     from_side: Side
-    count: int
+    length: int
 
 
 class Close(NamedTuple):

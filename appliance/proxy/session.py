@@ -262,7 +262,7 @@ class Session:
             elif kind is Forward:
                 self._forward(effect, now)  # type: ignore[arg-type]
             elif kind is Relay:
-                (self.up if effect.from_side is CLIENT else self.down).relay = effect.count  # type: ignore[union-attr]
+                (self.up if effect.from_side is CLIENT else self.down).relay = effect.length  # type: ignore[union-attr]
             elif kind is Close:
                 self._end(effect)  # type: ignore[arg-type]
             elif kind is SetTimer:
@@ -370,6 +370,9 @@ class Session:
                 )
 
     def _protocol_error(self, wrong: ProtocolError) -> None:
+        self.run(wrong.done, self.worker.now())
+        if self.closed:
+            return
         self.record(
             Gap("session", "protocol-error", count=1, detail=f"{wrong.side.value}: {wrong}")
         )
