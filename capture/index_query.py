@@ -1,0 +1,233 @@
+"""Questions to the index: sessions by filter, by name and by words; a session's extents and events.
+
+The command line and the reader ask; nothing is changed. Sessions come one by one, newest first, so
+that a listing of a million needs no memory.
+
+Words of a search stand in double quotes when they belong together, and end in "*" when they are a
+beginning; every one must be in the session. Letters and digits count, in either case and without
+accents; anything else only separates, so that `card_number` finds the column of that name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from capture.frames import NAME_LETTERS, session_name, session_number
+from capture.index_schema import BOUNDARY, number, stored
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from capture.index import Index
+
+
+class State(Enum):
+    """What became of a session."""
+
+    RUNNING = "running"
+    CLOSED = "closed"
+    CUT = "cut"  #: its process died (ADR 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A session as the index knows it. Times are ns; texts are None while they are not known."""
+
+    number: int
+    started: int
+    ended: int | None  #: also of a cut session: when its process was found dead
+    state: State
+    client: str  #: "address:port"
+    target: str
+    route: str | None
+    worker: int | None
+    account: str | None
+    assurance: str | None
+    how: str | None
+    unknown: str | None  #: why there is no account
+    owner: dict[str, Any] | None
+    protocol: str | None
+    bytes_up: int
+    bytes_down: int
+    operations: int
+    denied: int
+    errors: int
+    hidden: int
+    gaps: int
+    alarms: int
+    reason: str | None
+    ended_by: str | None
+
+    @property
+    def name(self) -> str:
+        """Return the printed id."""
+        return session_name(self.number)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which sessions; what is None or empty does not matter."""
+
+    words: str = ""
+    account: str | None = None
+    unattributed: bool = False  #: only those without an account
+    since: int | None = None  #: started then or later
+    state: State | None = None
+    limit: int = 0  #: 0 for all
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where one commit holds frames of a session; see `capture.index_schema`."""
+
+    generation: int
+    number: int
+    offset: int
+    up_at: int | None
+    up_bytes: int
+    down_at: int | None
+    down_bytes: int
+    others: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A record that is found by its kind."""
+
+    kind: int
+    time_ns: int
+    session: int
+    fields: dict[str, Any]
+
+
+class NoWords(ValueError):
+    """There is no letter or digit to search for."""
+
+
+_SESSIONS = """
+SELECT s.id, s.started, coalesce(s.closed, r.time), s.closed IS NOT NULL, r.time IS NOT NULL,
+    s.client, s.client_port, s.target, s.target_port, s.route, s.worker, s.account, s.assurance,
+    s.how, s.unknown, (SELECT facts FROM owner WHERE digest = s.owner), s.protocol, s.bytes_up,
+    s.bytes_down, s.operations, s.denied, s.errors, s.hidden, s.gaps, s.alarms, s.reason, s.ended_by
+FROM session AS s LEFT JOIN recovered AS r ON r.incarnation = (s.id >> 40 & 0xffffff)
+"""
+_STATES = {
+    State.CLOSED: "s.closed IS NOT NULL",
+    State.CUT: "s.closed IS NULL AND r.time IS NOT NULL",
+    State.RUNNING: "s.closed IS NULL AND r.time IS NULL",
+}
+_FOUND = (
+    "s.id IN (SELECT session FROM text WHERE id IN (SELECT rowid FROM search WHERE search MATCH ?))"
+)
+
+
+def sessions(index: Index, chosen: Filter) -> Iterator[Session]:
+    """Yield the chosen sessions, newest first. NoWords when there is nothing to search for."""
+    tests, values = _tests(chosen)
+    where = f"WHERE {' AND '.join(tests)}" if tests else ""
+    limit = chosen.limit or -1
+    rows = index.db.execute(
+        f"{_SESSIONS} {where} ORDER BY s.started DESC, s.id DESC LIMIT ?", (*values, limit)
+    )
+    return map(_session, rows)
+
+
+def count(index: Index, chosen: Filter) -> int:
+    """Return how many sessions are chosen, whatever the limit."""
+    tests, values = _tests(chosen)
+    where = f"WHERE {' AND '.join(tests)}" if tests else ""
+    query = f"SELECT count(*) FROM ({_SESSIONS} {where})"  # noqa: S608 - fixed texts, values are bound
+    found: int = index.db.execute(query, values).fetchone()[0]
+    return found
+
+
+def session(index: Index, wanted: int) -> Session | None:
+    """Return one session, or None when the index does not know it."""
+    row = index.db.execute(f"{_SESSIONS} WHERE s.id = ?", (stored(wanted),)).fetchone()
+    return None if row is None else _session(row)
+
+
+def named(index: Index, prefix: str, most: int = 2) -> list[int]:
+    """Return at most `most` sessions whose printed ids begin with `prefix`."""
+    missing = NAME_LETTERS - len(prefix)
+    try:
+        low, high = session_number(prefix + "0" * missing), session_number(prefix + "z" * missing)
+    except ValueError:
+        return []
+    rows = index.db.execute(
+        "SELECT id FROM session WHERE id BETWEEN ? AND ? ORDER BY id LIMIT ?",
+        (stored(low), stored(high), most),
+    )
+    return [number(row[0]) for row in rows]
+
+
+def extents(index: Index, wanted: int) -> Iterator[Extent]:
+    """Yield where the frames of a session are, in their order."""
+    rows = index.db.execute(
+        "SELECT generation, number, offset, up_at, up_bytes, down_at, down_bytes, others"
+        " FROM extent WHERE session = ? ORDER BY generation, number",
+        (stored(wanted),),
+    )
+    return (Extent(*row) for row in rows)
+
+
+def events(index: Index, kind: int) -> Iterator[Event]:
+    """Yield the records of one kind, oldest first."""
+    rows = index.db.execute(
+        "SELECT kind, time, session, fields FROM event WHERE kind = ? ORDER BY time", (kind,)
+    )
+    return (Event(row[0], row[1], number(row[2]), json.loads(row[3])) for row in rows)
+
+
+def expressions(words: str) -> list[str]:
+    """Return the FTS5 expressions for the words of a search; NoWords when there are none."""
+    found = []
+    for phrase, rest, word in re.findall(r'"([^"]*)"(\*?)|([^\s"]+)', words):
+        text = (phrase or word.rstrip("*")).replace(BOUNDARY, " ").replace("\0", " ")
+        if any(map(str.isalnum, text)):
+            begins = rest or word.endswith("*")
+            found.append(f'"{text}"' + (" *" if begins else ""))
+    if not found:
+        raise NoWords("there is no letter or digit to search for")
+    return found
+
+
+def _tests(chosen: Filter) -> tuple[list[str], list[Any]]:
+    tests: list[str] = []
+    values: list[Any] = []
+    if chosen.words:
+        for expression in expressions(chosen.words):
+            tests.append(_FOUND)
+            values.append(expression)
+    if chosen.account is not None:
+        tests.append("s.account = ?")
+        values.append(chosen.account)
+    if chosen.unattributed:
+        tests.append("s.account IS NULL")
+    if chosen.since is not None:
+        tests.append("s.started >= ?")
+        values.append(chosen.since)
+    if chosen.state is not None:
+        tests.append(_STATES[chosen.state])
+    return tests, values
+
+
+def _session(row: tuple[Any, ...]) -> Session:
+    identity, started, ended, closed, recovered, client, port, target, target_port, *rest = row
+    route, worker, account, assurance, how, unknown, owner, *counts = rest
+    state = State.CLOSED if closed else State.CUT if recovered else State.RUNNING
+    return Session(
+        number(identity), started, ended, state, _endpoint(client, port),
+        _endpoint(target, target_port), route, worker, account, assurance, how, unknown,
+        None if owner is None else json.loads(owner), *counts,
+    )  # fmt: skip
+
+
+def _endpoint(host: str | None, port: int | None) -> str:
+    if host is None:
+        return ""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,140 @@
+"""Writes what commits add into the tables of the index; `capture.index` calls it in a
+transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from capture import records
+from capture.index_schema import BOUNDARY, stored
+
+if TYPE_CHECKING:
+    import sqlite3
+
+    from capture.index_delta import Delta, Touched
+
+_RECOVERED = records.KINDS[records.Recovered]
+
+#: Attributes of `capture.index_delta.Touched` and columns of the table, by how a later value is
+#: taken in: added, the greater, the smaller, or the one that is set.
+_ADDED = ("operations", "denied", "errors", "hidden", "gaps", "alarms")
+_GREATEST = ("bytes_up", "bytes_down")
+_LEAST = ("started",)
+_SET = (
+    "client", "client_port", "target", "target_port", "route", "worker", "account", "assurance",
+    "how", "unknown", "owner", "protocol", "closed", "reason", "ended_by",
+)  # fmt: skip
+_COLUMNS = (*_ADDED, *_GREATEST, *_LEAST, *_SET)
+_values = attrgetter(*_COLUMNS)
+
+_MERGED = ", ".join(
+    [
+        *[f"{name} = {name} + excluded.{name}" for name in _ADDED],
+        *[f"{name} = max({name}, excluded.{name})" for name in _GREATEST],
+        *[f"{name} = min({name}, excluded.{name})" for name in _LEAST],
+        *[f"{name} = coalesce(excluded.{name}, {name})" for name in _SET],
+    ]
+)
+_UPSERT = (
+    f"INSERT INTO session (id, {', '.join(_COLUMNS)}) VALUES (?{', ?' * len(_COLUMNS)})"  # noqa: S608 - names from above
+    f" ON CONFLICT (id) DO UPDATE SET {_MERGED}"
+)
+
+
+def apply(db: sqlite3.Connection, deltas: list[Delta]) -> None:
+    """Write what `deltas` add, and the cursors after them. The caller holds the transaction."""
+    sessions = _by_session(deltas)
+    _put_places(db, deltas)
+    _put_sessions(db, sessions)
+    _put_texts(db, sessions)
+    _put_events(db, deltas)
+
+
+def _by_session(deltas: list[Delta]) -> dict[int, Touched]:
+    """Return what all deltas say of each session. They are left as they are: a transaction that
+    fails is tried again.
+    """
+    sessions: dict[int, Touched] = {}
+    copied: set[int] = set()
+    for delta in deltas:
+        for session, touched in delta.sessions.items():
+            known = sessions.get(session)
+            if known is None:
+                sessions[session] = touched
+                continue
+            if session not in copied:
+                copied.add(session)
+                known = sessions[session] = known.copy()
+            known.add(touched)
+    return sessions
+
+
+def _put_places(db: sqlite3.Connection, deltas: list[Delta]) -> None:
+    for generation, row in {
+        d.generation: (d.incarnation, *d.next, d.final) for d in deltas
+    }.items():
+        db.execute("INSERT OR REPLACE INTO segment VALUES (?, ?, ?, ?, ?)", (generation, *row))
+    for delta in deltas:
+        if delta.number == 0:  # the incarnation went on: nothing comes from its segments before
+            db.execute(
+                "UPDATE segment SET done = 1 WHERE incarnation = ? AND generation < ?",
+                (delta.incarnation, delta.generation),
+            )
+    db.executemany(
+        "INSERT OR IGNORE INTO extent VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (stored(session), delta.generation, delta.number, delta.offset, *extent)
+            for delta in deltas
+            for session, extent in delta.extents.items()
+        ],
+    )
+
+
+def _put_sessions(db: sqlite3.Connection, sessions: dict[int, Touched]) -> None:
+    owners: dict[bytes, bytes] = {}
+    rows = []
+    for session, touched in sessions.items():
+        facts = touched.owner
+        if facts is not None:
+            touched.owner = hashlib.blake2b(facts, digest_size=16).digest()
+            owners[touched.owner] = facts
+        rows.append((stored(session), *_values(touched)))
+        touched.owner = facts
+    db.executemany(
+        "INSERT OR IGNORE INTO owner VALUES (?, ?)",
+        [(digest, facts.decode()) for digest, facts in owners.items()],
+    )
+    db.executemany(_UPSERT, rows)
+
+
+def _put_texts(db: sqlite3.Connection, sessions: dict[int, Touched]) -> None:
+    (last,) = db.execute("SELECT coalesce(max(id), 0) FROM text").fetchone()
+    searched = [(session, touched.texts) for session, touched in sessions.items() if touched.texts]
+    db.executemany(
+        "INSERT INTO text VALUES (?, ?)",
+        [(last + n, stored(session)) for n, (session, _) in enumerate(searched, 1)],
+    )
+    boundary = f" {BOUNDARY} "
+    db.executemany(
+        "INSERT INTO search (rowid, words) VALUES (?, ?)",
+        [(last + n, boundary.join(texts)) for n, (_, texts) in enumerate(searched, 1)],
+    )
+
+
+def _put_events(db: sqlite3.Connection, deltas: list[Delta]) -> None:
+    db.executemany(
+        "INSERT OR IGNORE INTO event VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [(delta.generation, delta.number, *event) for delta in deltas for event in delta.events],
+    )
+    for delta in deltas:
+        for event in delta.events:
+            if event.kind == _RECOVERED:
+                db.execute(
+                    "INSERT INTO recovered VALUES (?, ?) ON CONFLICT (incarnation)"
+                    " DO UPDATE SET time = min(time, excluded.time)",
+                    (json.loads(event.fields)["incarnation"], event.time_ns),
+                )
