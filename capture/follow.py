@@ -19,6 +19,7 @@ import contextlib
 import time
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from capture.errors import EvidenceError, FormatError
@@ -26,7 +27,7 @@ from capture.segfile import BLOCK
 from capture.tail import CommitInfo, SegmentReader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from capture.crypt import Keys
@@ -46,6 +47,8 @@ class Cursor(NamedTuple):
 
 
 BEGINNING = Cursor(0, BLOCK)
+#: Of a segment that was read to its final commit.
+ENDED = Cursor(1 << 32, 1 << 62)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +65,26 @@ class Followed:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Something on disk that is not what a writer wrote. `offset` is 0 for a whole segment."""
+    """Something on disk that is not what a writer wrote."""
 
     generation: int
-    offset: int
+    offset: int  #: in the file; 0 for a whole segment
+    #: "unreadable" (no header, or its key does not open), "commit" (does not authenticate), "chain"
+    #: (the next commit is missing, though the segment is final)
     reason: str
 
 
+class Unread(NamedTuple):
+    """Commits of one segment that are on disk and were not given yet."""
+
+    generation: int
+    first: int  #: number of the first
+    offset: int  #: where it begins
+    tags: list[bytes]  #: their GCM tags
+
+
 class Follower:
-    """Every commit on disk from the cursors of `start` on; a generation's is asked for once."""
+    """Every commit on disk, from the cursor on that `start` says for each generation."""
 
     def __init__(
         self, store: Store, keys: Keys, start: Callable[[int], Cursor] = lambda _: BEGINNING
@@ -100,6 +114,18 @@ class Follower:
                 break
         return found
 
+    def unread(self, most: int = 2000) -> Iterator[Unread]:
+        """Yield what is on disk beyond the last step, at most `most` commits of each segment.
+
+        Only headers are read. The last commit is left out: it may be half written.
+        """
+        for stream in self._streams.values():
+            yield from stream.unread(most)
+
+    def following(self, incarnation: int) -> bool:
+        """Say whether a segment of `incarnation` that a step has seen is not read to its end."""
+        return incarnation in self._streams
+
     def close(self) -> None:
         """Close the segments that are open."""
         for stream in self._streams.values():
@@ -113,8 +139,9 @@ class Follower:
             return
         settled = abs(time.time_ns() - changed_ns) > _SETTLED_NS
         for generation in self._store.generations():
-            if generation not in self._known:
+            if generation not in self._known and self._start(generation) != ENDED:
                 self._take_up(generation)
+            self._known.add(generation)
         self._listed_ns = changed_ns if settled else -1
 
     def _take_up(self, generation: int) -> None:
@@ -124,15 +151,14 @@ class Follower:
                 incarnation = reader.header.incarnation
         except FileNotFoundError:
             return
-        except FormatError as wrong:
-            self.damage.append(Damage(generation, 0, str(wrong)))
-        else:
-            stream = self._streams.get(incarnation)
-            if stream is None:
-                stream = _Stream(incarnation, self._store.segment, self._keys, self._start)
-                self._streams[incarnation] = stream
-            stream.waiting.append(generation)
-        self._known.add(generation)
+        except FormatError:
+            self.damage.append(Damage(generation, 0, "unreadable"))
+            return
+        stream = self._streams.get(incarnation)
+        if stream is None:
+            stream = _Stream(incarnation, self._store.segment, self._keys, self._start)
+            self._streams[incarnation] = stream
+        stream.waiting.append(generation)
 
 
 class _Stream:
@@ -178,6 +204,17 @@ class _Stream:
                 self._last_look = True
         return None
 
+    def unread(self, most: int) -> Iterator[Unread]:
+        """Yield what was not given yet of each segment."""
+        if self._head is not None:
+            yield from self._head.unread(most)
+        for generation in self.waiting:
+            with (
+                contextlib.suppress(OSError, EvidenceError),
+                SegmentReader(self._path(generation)) as reader,
+            ):
+                yield from _Head(reader, self._start(generation)).unread(most)
+
     def close(self) -> None:
         """Close the segment that is being read."""
         if self._head is not None:
@@ -191,8 +228,8 @@ class _Stream:
             reader = SegmentReader(self._path(generation), self._keys)
         except FileNotFoundError:
             return None
-        except EvidenceError as wrong:
-            damage.append(Damage(generation, 0, str(wrong)))
+        except EvidenceError:
+            damage.append(Damage(generation, 0, "unreadable"))
             return None
         cursor = self._start(generation)
         if _ends_final(reader) == cursor.offset:
@@ -245,17 +282,23 @@ class _Head:
             header.generation, header.incarnation, header.stream, commit, raw, plaintext
         )
 
+    def unread(self, most: int) -> Iterator[Unread]:
+        """Yield the commits from the cursor on, in one piece, if there are any."""
+        commits = islice(self.reader.commits(self._number, self._offset), 1, most + 1)
+        tags = [commit.previous_tag for commit in commits]
+        if tags:
+            yield Unread(self.reader.header.generation, self._number, self._offset, tags)
+
     def left(self, damage: list[Damage]) -> None:
         """Nothing more comes; a final segment that was not read to its end is damaged."""
         if _ends_final(self.reader):
-            reason = "the chain of commits breaks here"
-            damage.append(Damage(self.reader.header.generation, self._offset, reason))
+            damage.append(Damage(self.reader.header.generation, self._offset, "chain"))
 
     def _open_damaged(self, raw: bytes, commit: CommitInfo, damage: list[Damage]) -> bytes:
         try:
             return self.reader.open(raw, commit)
-        except FormatError as wrong:
-            damage.append(Damage(self.reader.header.generation, commit.offset, str(wrong)))
+        except FormatError:
+            damage.append(Damage(self.reader.header.generation, commit.offset, "commit"))
             return b""
 
 

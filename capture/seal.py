@@ -1,0 +1,116 @@
+"""The seal's process object: follows the segments, keeps the ledger and the index.
+
+`appliance.daemon` calls `step` until it is told to stop. Only one seal runs for a state directory;
+it may be killed at any time. Segments are read and decrypted once for both: a consumer that is
+ahead passes over what it has.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from typing import TYPE_CHECKING
+
+from capture.errors import EvidenceError
+from capture.follow import Cursor, Follower
+from capture.index import Index, Indexer
+from capture.sealer import Sealer
+
+if TYPE_CHECKING:
+    from capture.crypt import Keys
+    from capture.store import Store
+
+log = logging.getLogger("narrows.seal")
+
+#: So many leaves are sealed without waiting for the time.
+MOST_LEAVES = 16384
+#: A checkpoint is begun at this part of the time that it may be late.
+MARGIN = 0.8
+RETRY_S = 1.0
+
+
+class Seal:
+    """One seal over a state directory, which it locks."""
+
+    def __init__(self, store: Store, keys: Keys, checkpoint_s: float = 5.0) -> None:
+        """Open everything; EvidenceError when another seal runs or the ledger is not as signed."""
+        store.prepare()
+        self._lock = _lock(store)
+        try:
+            self._sealer = Sealer(store, checkpoint_s)
+            self._index = Index.open(store.index)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._store, self._keys = store, keys
+        self._indexer = Indexer(self._index)
+        self._follower = Follower(store, keys, self._cursor)
+        self._due_s = checkpoint_s * MARGIN
+        self._signed_at = time.monotonic() - self._due_s
+        self._behind = False
+
+    def step(self) -> bool:
+        """Take in what is new on disk, and sign when it is time; say whether there was anything."""
+        if self._sealer.waiting > 2 * MOST_LEAVES:
+            self._sign_if_due()  # the disk refuses: take no more
+            return False
+        found = self._follower.step()
+        for damage in self._follower.damage:
+            log.error("segment %08x is damaged at %d: %s",
+                      damage.generation, damage.offset, damage.reason)  # fmt: skip
+            self._sealer.damaged(damage)
+        self._follower.damage.clear()
+        for followed in found:
+            self._sealer.take(followed)
+            self._indexer.take(followed)
+        self._sealer.settle(self._follower.following)
+        if found:
+            self._indexer.flush()
+        else:
+            self._sealer.caught_up()
+        self._behind = bool(found)
+        if self._indexer.behind:
+            self._follow_anew()
+        self._sign_if_due()
+        return self._behind
+
+    def close(self) -> None:
+        """Sign what was taken, and let go of everything."""
+        self._sealer.close()
+        self._indexer.flush()
+        self._follower.close()
+        self._index.close()
+        os.close(self._lock)
+
+    def _follow_anew(self) -> None:
+        """Somebody made the index anew: give it what it has not, while the ledger goes on."""
+        self._follower.close()
+        self._indexer = Indexer(self._index)
+        self._follower = Follower(self._store, self._keys, self._cursor)
+
+    def _cursor(self, generation: int) -> Cursor:
+        return min(self._sealer.cursor(generation), self._indexer.cursor(generation))
+
+    def _sign_if_due(self) -> None:
+        passed = time.monotonic() - self._signed_at
+        if passed < self._due_s and (self._sealer.waiting < MOST_LEAVES or passed < RETRY_S):
+            return
+        try:
+            self._sealer.flush(self._follower.unread() if self._behind else ())
+        except OSError as refused:
+            log.warning("the ledger cannot be written: %s", refused)
+            self._signed_at = time.monotonic() - self._due_s + RETRY_S
+        else:
+            self._signed_at = time.monotonic()
+
+
+def _lock(store: Store) -> int:
+    lock = os.open(store.evidence / "seal.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise EvidenceError(f"another seal runs on {store.state}") from None
+    return lock
