@@ -1,0 +1,238 @@
+"""Reads one session out of the segments: its frames in order, or the bytes of one side.
+
+The command line and the exports read through it, also while the gate writes. With an index it
+decrypts only commits that hold frames of the session; without one it scans the segments of the
+session's incarnation. A commit that was opened is kept for a while with the places of all its
+frames, so that exporting many sessions of the same time opens each commit once. Memory is bounded
+by `cache_bytes` and what one frame holds.
+
+What does not authenticate, or is not there any more, is left out and told in `damage`; nothing is
+raised for it, because the rest is still evidence.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from capture import index_query
+from capture.errors import EvidenceError
+from capture.follow import BEGINNING, ENDED, Damage, Follower
+from capture.frames import FIRST_RECORD, HEADER, HEADER_BYTES, Kind, incarnation_of
+from capture.records import KINDS, Hidden, decode
+from capture.tail import SegmentReader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from capture.crypt import Keys
+    from capture.follow import Cursor
+    from capture.index import Index
+    from capture.store import Store
+
+CACHE_BYTES = 32 << 20
+UNKNOWN = "unknown"  #: stands for the type of a record that is not understood
+_HIDDEN = KINDS[Hidden]
+
+
+class Side(Enum):
+    """Whose bytes: those that one side sent, or the gate's own that were sent to one side."""
+
+    UP = Kind.UP.value
+    DOWN = Kind.DOWN.value
+    UP_OWN = Kind.UP_OWN.value
+    DOWN_OWN = Kind.DOWN_OWN.value
+
+
+class Frame(NamedTuple):
+    """One frame of a session. `offset` is the place in the half-stream, for data frames."""
+
+    kind: int
+    time_ns: int
+    offset: int
+    payload: memoryview
+
+    @property
+    def is_record(self) -> bool:
+        """Say whether it holds a record, not bytes."""
+        return self.kind >= FIRST_RECORD
+
+    def fields(self) -> dict[str, Any]:
+        """Return a record's fields, its type under "record"; the kind and the payload as hex when
+        it is not understood.
+        """
+        try:
+            return decode(self.kind, self.payload)
+        except ValueError:
+            return {"record": UNKNOWN, "kind": self.kind, "hex": self.payload.hex()}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes of a half-stream at `offset`; hidden ones are zero, and `hidden` says what they are."""
+
+    offset: int
+    data: memoryview
+    hidden: str = ""
+
+
+class _Opened:
+    """A decrypted commit and where the frames of each session are in it."""
+
+    __slots__ = ("places", "plaintext")
+
+    def __init__(self, plaintext: bytes, incarnation: int) -> None:
+        self.plaintext = memoryview(plaintext)
+        self.places: dict[int, list[int]] = {}
+        unpack, size, at = HEADER.unpack_from, len(plaintext), 0
+        while at + HEADER_BYTES <= size:
+            word, session, _, _ = unpack(plaintext, at)
+            if word >> 32 != incarnation or not word & 0xFFFFFFFF:
+                break
+            self.places.setdefault(session, []).append(at)
+            at += HEADER_BYTES + ((word & 0xFFFFFF) + 7 & ~7)
+
+    def frames(self, session: int) -> Iterator[Frame]:
+        for at in self.places.get(session, ()):
+            word, _, time_ns, offset = HEADER.unpack_from(self.plaintext, at)
+            start = at + HEADER_BYTES
+            payload = self.plaintext[start : start + (word & 0xFFFFFF)]
+            yield Frame(word >> 24 & 0xFF, time_ns, offset, payload)
+
+
+class Reader:
+    """Reads sessions of one store; the index, if given, is up to date (`capture.index_fill`)."""
+
+    def __init__(
+        self, store: Store, keys: Keys, index: Index | None, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        self._store, self._keys, self._index = store, keys, index
+        self._cache: OrderedDict[tuple[int, int], _Opened] = OrderedDict()
+        self._most_bytes, self._bytes = cache_bytes, 0
+        self._segment: SegmentReader | None = None
+        self.damage: list[Damage] = []  #: found so far, each once
+
+    def close(self) -> None:
+        """Close the segment that is open and forget what is cached."""
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
+        self._cache.clear()
+        self._bytes = 0
+
+    def frames(self, session: int) -> Iterator[Frame]:
+        """Yield every frame of a session, in the order in which they were written."""
+        for opened in self._commits(session):
+            yield from opened.frames(session)
+
+    def records(self, session: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (time, fields) of every record of a session; see `Frame.fields`."""
+        for opened in self._commits(session, records_only=True):
+            for frame in opened.frames(session):
+                if frame.is_record:
+                    yield frame.time_ns, frame.fields()
+
+    def stream(self, session: int, side: Side) -> Iterator[Piece]:
+        """Yield the bytes of one half-stream in order. A jump in `offset` was not recorded.
+
+        The records that name hidden ranges follow the frame that holds them, before the next frame
+        of that side: one frame is held back until they are known.
+        """
+        held: Frame | None = None
+        hidden: list[tuple[int, int, str]] = []
+        sender = "client" if side in (Side.UP, Side.UP_OWN) else "upstream"
+        for frame in self.frames(session):
+            if frame.kind == side.value:
+                if held is not None:
+                    yield from _pieces(held, hidden)
+                held, hidden = frame, []
+            elif frame.kind == _HIDDEN and held is not None and side in (Side.UP, Side.DOWN):
+                fields = frame.fields()
+                if fields.get("side") == sender:
+                    hidden.append((fields["offset"], fields["length"], fields["kind"]))
+        if held is not None:
+            yield from _pieces(held, hidden)
+
+    def _commits(self, session: int, *, records_only: bool = False) -> Iterator[_Opened]:
+        if self._index is None:
+            yield from self._scan(session)
+            return
+        for extent in index_query.extents(self._index, session):
+            if records_only and not extent.others:
+                continue
+            opened = self._opened(extent.generation, extent.number, extent.offset)
+            if opened is not None:
+                yield opened
+
+    def _opened(self, generation: int, number: int, offset: int) -> _Opened | None:
+        key = (generation, number)
+        opened = self._cache.get(key)
+        if opened is None:
+            try:
+                opened = self._open(generation, number, offset)
+            except (OSError, EvidenceError) as wrong:
+                self._damaged(Damage(generation, offset, str(wrong)))
+                return None
+            self._cache[key] = opened
+            self._bytes += len(opened.plaintext)
+            while self._bytes > self._most_bytes and len(self._cache) > 1:
+                self._bytes -= len(self._cache.popitem(last=False)[1].plaintext)
+        self._cache.move_to_end(key)
+        return opened
+
+    def _open(self, generation: int, number: int, offset: int) -> _Opened:
+        if self._segment is None or self._segment.header.generation != generation:
+            if self._segment is not None:
+                self._segment.close()
+                self._segment = None
+            self._segment = SegmentReader(self._store.segment(generation), self._keys)
+        commit = self._segment.commit_at(offset)
+        if commit is None or commit.number != number:
+            raise EvidenceError(f"commit {number} is not at {offset}")
+        return _Opened(self._segment.plaintext(commit), self._segment.header.incarnation)
+
+    def _scan(self, session: int) -> Iterator[_Opened]:
+        incarnation = incarnation_of(session)
+        follower = Follower(self._store, self._keys, self._of_incarnation(incarnation))
+        try:
+            while found := follower.step():
+                for followed in found:
+                    opened = _Opened(followed.plaintext, incarnation)
+                    if session in opened.places:
+                        yield opened
+        finally:
+            for damage in follower.damage:
+                self._damaged(damage)
+            follower.close()
+
+    def _of_incarnation(self, incarnation: int) -> Any:
+        def start(generation: int) -> Cursor:
+            try:
+                with SegmentReader(self._store.segment(generation)) as reader:
+                    mine = reader.header.incarnation == incarnation
+            except (OSError, EvidenceError):
+                mine = True  # the follower says what is wrong with it
+            return BEGINNING if mine else ENDED
+
+        return start
+
+    def _damaged(self, damage: Damage) -> None:
+        if damage not in self.damage:
+            self.damage.append(damage)
+
+
+def _pieces(frame: Frame, hidden: list[tuple[int, int, str]]) -> Iterator[Piece]:
+    """Cut a frame at the edges of its hidden ranges."""
+    at, end = frame.offset, frame.offset + len(frame.payload)
+    for start, length, kind in sorted(hidden):
+        start, stop = max(start, at), min(start + length, end)  # noqa: PLW2901 - cut to the frame
+        if start >= stop:
+            continue
+        if start > at:
+            yield Piece(at, frame.payload[at - frame.offset : start - frame.offset])
+        yield Piece(start, frame.payload[start - frame.offset : stop - frame.offset], kind)
+        at = stop
+    if at < end:
+        yield Piece(at, frame.payload[at - frame.offset :])
