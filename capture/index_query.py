@@ -30,7 +30,7 @@ class State(Enum):
 
     RUNNING = "running"
     CLOSED = "closed"
-    CUT = "cut"  #: its process died (ADR 4)
+    CUT = "cut"  #: its process is gone and wrote no close (ADR 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +109,16 @@ class NoWords(ValueError):
 
 
 _SESSIONS = """
-SELECT s.id, s.started, coalesce(s.closed, r.time), s.closed IS NOT NULL, r.time IS NOT NULL,
+SELECT s.id, s.started, coalesce(s.closed, e.time), s.closed IS NOT NULL, e.time IS NOT NULL,
     s.client, s.client_port, s.target, s.target_port, s.route, s.worker, s.account, s.assurance,
     s.how, s.unknown, (SELECT facts FROM owner WHERE digest = s.owner), s.protocol, s.bytes_up,
     s.bytes_down, s.operations, s.denied, s.errors, s.hidden, s.gaps, s.alarms, s.reason, s.ended_by
-FROM session AS s LEFT JOIN recovered AS r ON r.incarnation = (s.id >> 40 & 0xffffff)
+FROM session AS s LEFT JOIN ended AS e ON e.incarnation = (s.id >> 40 & 0xffffff)
 """
 _STATES = {
     State.CLOSED: "s.closed IS NOT NULL",
-    State.CUT: "s.closed IS NULL AND r.time IS NOT NULL",
-    State.RUNNING: "s.closed IS NULL AND r.time IS NULL",
+    State.CUT: "s.closed IS NULL AND e.time IS NOT NULL",
+    State.RUNNING: "s.closed IS NULL AND e.time IS NULL",
 }
 _FOUND = (
     "s.id IN (SELECT session FROM text WHERE id IN (SELECT rowid FROM search WHERE search MATCH ?))"
@@ -217,9 +217,9 @@ def _tests(chosen: Filter) -> tuple[list[str], list[Any]]:
 
 
 def _session(row: tuple[Any, ...]) -> Session:
-    identity, started, ended, closed, recovered, client, port, target, target_port, *rest = row
+    identity, started, ended, closed, gone, client, port, target, target_port, *rest = row
     route, worker, account, assurance, how, unknown, owner, *counts = rest
-    state = State.CLOSED if closed else State.CUT if recovered else State.RUNNING
+    state = State.CLOSED if closed else State.CUT if gone else State.RUNNING
     return Session(
         number(identity), started, ended, state, _endpoint(client, port),
         _endpoint(target, target_port), route, worker, account, assurance, how, unknown,

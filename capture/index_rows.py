@@ -15,9 +15,10 @@ from capture.index_schema import BOUNDARY, stored
 if TYPE_CHECKING:
     import sqlite3
 
-    from capture.index_delta import Delta, Touched
+    from capture.index_delta import Delta, Event, Touched
 
 _RECOVERED = records.KINDS[records.Recovered]
+_STOP = records.KINDS[records.Stop]
 
 #: Attributes of `capture.index_delta.Touched` and columns of the table, by how a later value is
 #: taken in: added, the greater, the smaller, or the one that is set.
@@ -130,11 +131,18 @@ def _put_events(db: sqlite3.Connection, deltas: list[Delta]) -> None:
         "INSERT OR IGNORE INTO event VALUES (?, ?, ?, ?, ?, ?, ?)",
         [(delta.generation, delta.number, *event) for delta in deltas for event in delta.events],
     )
-    for delta in deltas:
-        for event in delta.events:
-            if event.kind == _RECOVERED:
-                db.execute(
-                    "INSERT INTO recovered VALUES (?, ?) ON CONFLICT (incarnation)"
-                    " DO UPDATE SET time = min(time, excluded.time)",
-                    (json.loads(event.fields)["incarnation"], event.time_ns),
-                )
+    for incarnation, time_ns in filter(None, (_ended(d, e) for d in deltas for e in d.events)):
+        db.execute(
+            "INSERT INTO ended VALUES (?, ?) ON CONFLICT (incarnation)"
+            " DO UPDATE SET time = min(time, excluded.time)",
+            (incarnation, time_ns),
+        )
+
+
+def _ended(delta: Delta, event: Event) -> tuple[int, int] | None:
+    """Return (incarnation, time) when the event says that an incarnation is over."""
+    if event.kind == _STOP:
+        return delta.incarnation, event.time_ns
+    if event.kind == _RECOVERED:
+        return json.loads(event.fields)["incarnation"], event.time_ns
+    return None

@@ -59,8 +59,9 @@ CREATE TABLE event (
 ) WITHOUT ROWID;
 CREATE INDEX event_kind ON event (kind, time);
 CREATE INDEX event_session ON event (session) WHERE session != 0;
--- Sessions of these incarnations that have no close were cut (ADR 4).
-CREATE TABLE recovered (incarnation INTEGER PRIMARY KEY, time INTEGER NOT NULL);
+-- Incarnations that are over, by their own Stop record or by the Recovered record of another one:
+-- their sessions that have no close were cut (ADR 4).
+CREATE TABLE ended (incarnation INTEGER PRIMARY KEY, time INTEGER NOT NULL);
 -- What the rows of `search` belong to.
 CREATE TABLE text (id INTEGER PRIMARY KEY, session INTEGER NOT NULL);
 CREATE VIRTUAL TABLE search USING fts5 (

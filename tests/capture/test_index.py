@@ -29,13 +29,14 @@ from capture.records import (
     Result,
     SessionClose,
     SessionOpen,
+    Stop,
 )
 from capture.settings import WriterSettings
 
 SMALL_SEGMENTS = WriterSettings(
     chunk_bytes=64 << 10, chunk_count=3, segment_bytes=256 << 10, commit_s=0.0, reserve_bytes=0
 )
-TABLES = ("session", "extent", "event", "recovered", "owner")
+TABLES = ("session", "extent", "event", "ended", "owner")
 
 
 @pytest.fixture
@@ -298,6 +299,15 @@ def test_a_session_of_a_killed_process_is_cut_at_the_time_of_the_recovery(eviden
     assert cut.ended == recovered.time_ns
     assert recovered.fields["incarnation"] == incarnation_of(cut.number)
     assert closed.reason == "fin"
+
+
+def test_a_session_that_its_process_left_open_at_a_stop_is_cut_then(evidence):
+    with evidence.writer() as gate:
+        gate.open()
+    with evidence.index() as index:
+        [cut] = query.sessions(index, Filter(state=State.CUT))
+        [stop] = query.events(index, KINDS[Stop])
+    assert cut.ended == stop.time_ns
 
 
 def index_again(evidence):
@@ -563,7 +573,7 @@ def test_ids_in_the_upper_half_of_64_bits_are_found(tmp_path):
             " hidden, gaps, alarms) VALUES (?, 1, 0, 0, 0, 0, 0, 0, 0, 0)",
             (high - (1 << 64),),
         )
-        index.db.execute("INSERT INTO recovered VALUES (?, 9)", (0xFFFFFE,))
+        index.db.execute("INSERT INTO ended VALUES (?, 9)", (0xFFFFFE,))
         [found] = query.sessions(index, Filter())
         assert found.number == high
         assert found.state is State.CUT
