@@ -28,7 +28,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from appliance.proxy.redirect import nft, routing, rules
 from appliance.proxy.redirect.checks import Problem, check, client_interfaces, own_addresses
-from appliance.proxy.redirect.counts import bypass_gaps, bypassed, counted, settle_bypass
+from appliance.proxy.redirect.counts import bypass_gaps, counted, settle_bypass
 from appliance.proxy.redirect.rules import MARK_LOCAL, MARK_PASS, TABLE
 
 if TYPE_CHECKING:
@@ -38,9 +38,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MARK_LOCAL", "MARK_PASS", "TABLE", "Problem", "RedirectError", "Step", "apply", "bypass_gaps",
-    "bypassed", "check", "client_interfaces", "counted", "own_addresses", "plan", "settle_bypass",
+    "check", "client_interfaces", "counted", "own_addresses", "plan", "settle_bypass",
     "undo", "undo_steps",
 ]  # fmt: skip
+
+
+_TRIES = 5
 
 
 class RedirectError(Exception):
@@ -49,9 +52,12 @@ class RedirectError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One change, in one system call; `text` says it to a person. `run` raises NetlinkError."""
+    """One change, in one system call; `text` and `details` say it to a person. `run` raises
+    NetlinkError or nft.Overtaken.
+    """
 
     text: str
+    details: tuple[str, ...]
     run: Callable[[], None]
 
 
@@ -59,21 +65,18 @@ def plan(config: Config) -> list[Step]:
     """Return the steps from what the kernel has to what the configuration says, in order; empty
     when it has it.
     """
-    steps = []
     change = routing.changes(config)
     guard = routing.Changes(add=change.add, add_local=change.add_local)
-    if guard:
-        steps.append(Step(str(guard), lambda: routing.make(guard)))
-    table = rules.build(config, client_interfaces(config), rules.generation(nft.read(TABLE)))
-    wrong = nft.differences(table)
-    if wrong:
-        size = sum(len(chain) for chain in table.chains.values())
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        text = f"write table inet {TABLE}, {size} rules: {wrong[0]}{more}"
-        steps.append(Step(text, lambda: nft.replace(table)))
+    applied = nft.read(TABLE)
+    table = rules.build(config, client_interfaces(config), rules.generation(applied))
+    wrong = nft.differences(table, applied)
     surplus = routing.Changes(remove=change.remove)
+    steps = [_routing_step("put the guard in place", guard)] if guard else []
+    if wrong:
+        text = f"write table inet {TABLE}"
+        steps.append(Step(text, tuple(wrong), lambda: nft.replace(table, applied)))
     if surplus:
-        steps.append(Step(str(surplus), lambda: routing.make(surplus)))
+        steps.append(_routing_step("remove what the guard does not need", surplus))
     return steps
 
 
@@ -82,15 +85,7 @@ def apply(config: Config) -> list[str]:
 
     Idempotent, and repairs whatever half of it is there. Raises RedirectError.
     """
-    steps = plan(config)
-    for step in steps:
-        _run(step)
-    left = plan(config) if steps else []
-    if left:
-        raise RedirectError(
-            f"the kernel has something else than was applied; still to do: {left[0].text}"
-        )
-    return [step.text for step in steps]
+    return _carry_out(lambda: plan(config))
 
 
 def undo_steps() -> list[Step]:
@@ -98,27 +93,37 @@ def undo_steps() -> list[Step]:
     go with it.
     """
     steps = []
-    if nft.read(TABLE).exists:
-        steps.append(Step(f"remove table inet {TABLE}", lambda: nft.remove(TABLE)))
+    if nft.exists(TABLE):
+        steps.append(Step(f"remove table inet {TABLE}", (), lambda: nft.remove(TABLE)))
     change = routing.removal()
     if change:
-        steps.append(Step(str(change), lambda: routing.make(change)))
+        steps.append(_routing_step("remove the guard", change))
     return steps
 
 
 def undo() -> list[str]:
     """Remove everything of ours; return what was done. Raises RedirectError."""
-    steps = undo_steps()
-    for step in steps:
-        _run(step)
-    left = undo_steps()
-    if left:
-        raise RedirectError(f"the kernel still has something of ours; still to do: {left[0].text}")
-    return [step.text for step in steps]
+    return _carry_out(undo_steps)
 
 
-def _run(step: Step) -> None:
-    try:
-        step.run()
-    except NetlinkError as refused:
-        raise RedirectError(f"the kernel refused to {step.text}: {refused}") from refused
+def _routing_step(text: str, change: routing.Changes) -> Step:
+    return Step(text, tuple(change.texts()), lambda: routing.make(change))
+
+
+def _carry_out(find: Callable[[], list[Step]]) -> list[str]:
+    """Do the steps that `find` gives until it gives none."""
+    done: list[str] = []
+    for _ in range(_TRIES):
+        steps = find()
+        if not steps:
+            return done
+        for step in steps:
+            try:
+                step.run()
+            except nft.Overtaken:
+                break  # by the gate, which counts flows, or by somebody else: look again
+            except NetlinkError as refused:
+                raise RedirectError(f"the kernel refused to {step.text}: {refused}") from refused
+            done.append(step.text)
+    left = "; ".join((steps[0].text, *steps[0].details[:3]))
+    raise RedirectError(f"the kernel has something else than was asked for; still to do: {left}")
