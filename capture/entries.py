@@ -117,7 +117,7 @@ def _recovered(place: Place, fields: dict[str, Any]) -> leaves.Leaf:
     return leaves.Recovered(
         bytes=fields["bytes"], commit=place.commit, frames=fields["frames"],
         generation=place.generation, incarnation=fields["incarnation"],
-        last=fields["segments"][-1], power_loss=fields["power_loss"],
+        last=max(fields["segments"], default=0), power_loss=fields["power_loss"],
         segments=len(fields["segments"]), time=rfc3339(place.time_ns),
     )  # fmt: skip
 

@@ -6,9 +6,10 @@ between streams: a `Recovered` record may come before the last commits of the in
 names.
 
 Theory of operation. Segments of one incarnation are read in the order of their generations, one at
-a time. A segment ends with its final commit. A writer names its next segment before it finishes the
-last one, so a segment without a final commit is left only when a later segment of its incarnation
-is final: then its writer went on or is dead, and one more look shows the last of it. Directories
+a time. A segment ends with its final commit. A writer names its next segment before it ends the
+last one, but commits to it only after that: so once a later segment of the incarnation has a
+commit, one more look shows the last of the earlier one. If that has no final commit, the disk
+refused it or its writer died, and what follows its last good commit was never whole. Directories
 are listed again only when they changed; a living segment that did not grow costs one read of 64
 bytes, a finished one nothing.
 """
@@ -239,13 +240,13 @@ class _Stream:
         return self._head
 
     def _left(self) -> bool:
-        """Say whether a later segment is final, so that nothing more comes to this one."""
-        for generation in reversed(self.waiting):
+        """Say whether a later segment has a commit, so that nothing more comes to this one."""
+        for generation in self.waiting:
             with (
                 contextlib.suppress(OSError, EvidenceError),
                 SegmentReader(self._path(generation)) as reader,
             ):
-                if _ends_final(reader):
+                if reader.commit_at(BLOCK) is not None:
                     return True
         return False
 

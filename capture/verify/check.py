@@ -211,7 +211,10 @@ class _Bytes:
             if self._tag is not None and commit.previous_tag != self._tag:
                 self._invalid(f"commit {number} does not follow the one before it", offset)
             if commit.base != base:
-                self._invalid(f"commit {number} does not continue the stream", offset)
+                self._history.broken(
+                    commit.base, base, recovery=run.recovery, segment=self._segment.generation,
+                    offset=offset,
+                )  # fmt: skip
             tree.add(leaf(sha256(raw).digest()))
             if self._content is not None:
                 self._content.take(commit, raw)
@@ -259,12 +262,11 @@ def pending(segment: Segment, number: int, offset: int, history: History, report
         return
     size = sum(commit.size for commit in commits)
     report.pending.append(Pending(segment.generation, offset, len(commits), size))
-    late = (commits[0].time_ns - history.sealed_ns) / 1e9
+    late = max(history.late_s(segment.generation, commit) for commit in commits)
     if late > SILENCE_S:
         report.incomplete(
-            f"it is not sealed although the log ends {late:.0f} s earlier",
-            segment=segment.generation, offset=offset,
-        )  # fmt: skip
+            f"it was not sealed for {late:.0f} s", segment=segment.generation, offset=offset
+        )
 
 
 def _log_key(state: Path, vkey: str | None, report: Report) -> LogKey:

@@ -53,7 +53,8 @@ _RECORDS: dict[int, tuple[str, Callable[[Fields], Fields]]] = {
     32: ("stop", lambda r: {"reason": _word(r["reason"])}),
     33: ("recovered", lambda r: {
         "bytes": r["bytes"], "frames": r["frames"], "incarnation": r["incarnation"],
-        "last": r["segments"][-1], "power_loss": r["power_loss"], "segments": len(r["segments"])}),
+        "last": max(r["segments"], default=0), "power_loss": r["power_loss"],
+        "segments": len(r["segments"])}),
     34: ("heartbeat", lambda r: {name: r[name] for name in (
         "accepted", "closed", "kernel_accepted", "listen_drops", "open", "refused", "sensor_lost",
         "worker")}),

@@ -13,6 +13,7 @@ from capture.verify.leaf import digest, nanoseconds
 
 if TYPE_CHECKING:
     from capture.verify.report import Report
+    from capture.verify.segment import Commit
 
 #: How long a seal may be silent without saying that it was started anew.
 SILENCE_S = 60.0
@@ -44,6 +45,11 @@ class Run:
     position: int
     root: bytes
     final: bool
+
+    @property
+    def recovery(self) -> bool:
+        """Say whether this may be the one segment that completes a dead writer's stream."""
+        return self.first == 0 and self.final
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,7 @@ class History:
         #: generations between which the wanted session lies
         self.wanted: list[int] = []
         self.sealed_ns = 0  #: time of the last seal heartbeat
+        self.started_ns = 0  #: time of the seal's last start
         self._heartbeat: dict[str, Any] | None = None
         self._restarted = False
         self._positions: dict[int, int] = {}
@@ -107,8 +114,10 @@ class History:
         if (kind == "genesis") != (index == 0):
             self._report.invalid("a log has one genesis leaf, its first", leaf=index)
         match kind:
-            case "genesis" if fields["origin"] != self._origin:
-                self._report.invalid("the genesis leaf names another log", leaf=index)
+            case "genesis":
+                self.sealed_ns = nanoseconds(fields["time"])
+                if fields["origin"] != self._origin:
+                    self._report.invalid("the genesis leaf names another log", leaf=index)
             case "segment":
                 self._segment(index, fields)
             case "hot":
@@ -120,7 +129,7 @@ class History:
             case "gap":
                 self._report.gaps += 1
             case "start" if fields["generation"] == 0:
-                self._restarted = True
+                self._restarted, self.started_ns = True, nanoseconds(fields["time"])
             case "session_open":
                 self._opened(index, fields)
             case "session_close":
@@ -143,6 +152,18 @@ class History:
             if session_number(name) >> 40 in dead:
                 self._report.incomplete("its writer is dead and it was never ended", session=name)
         self._report.sessions["open"] = len(self.open)
+
+    def late_s(self, generation: int, commit: Commit) -> float:
+        """Return for how long a commit was not sealed although it should have been.
+
+        Negative or small for one that the seal could not know, or that a `hot` leaf covers.
+        """
+        sealed = self.segments.get(generation)
+        hot = sealed.hot[-1] if sealed is not None and sealed.hot else None
+        if hot is not None and hot.first <= commit.number < hot.first + hot.commits:
+            return 0.0
+        after = self.sealed_ns - max(commit.time_ns, self.started_ns)
+        return max(after, commit.time_ns - self.sealed_ns) / 1e9
 
     def after(self, generation: int) -> bool:
         """Say whether a later segment of the same incarnation is sealed."""
@@ -170,7 +191,10 @@ class History:
             self._invalid("the leaf leaves out commits, or repeats some", index, fields)
         position = self._positions.get(incarnation, 0)
         if run.base != position:
-            self._break(index, fields, position)
+            self.broken(
+                run.base, position, recovery=run.recovery, segment=generation, offset=run.offset,
+                leaf=index,
+            )  # fmt: skip
         self._positions[incarnation] = run.position
         sealed.runs.append(run)
 
@@ -187,14 +211,14 @@ class History:
         made = self.segments[generation] = Sealed(incarnation, fields["stream"], header, [], hot)
         return made
 
-    def _break(self, index: int, fields: dict[str, Any], position: int) -> None:
-        """The stream does not go on where it was: honest only after an unreadable chunk, or when
-        power was lost and a commit before the end was.
+    def broken(self, base: int, position: int, *, recovery: bool, **where: Any) -> None:
+        """The stream does not go on where it was, at `position`.
+
+        Honest only in the segment that recovery wrote: when a chunk of memory was unreadable.
         """
-        reason = f"stream position {position} is followed by {fields['base']}"
-        where = {"segment": fields["generation"], "offset": fields["offset"], "leaf": index}
-        if fields["final"] and fields["first"] == 0:
-            self._report.incomplete(f"{reason}: memory was not readable at recovery", **where)
+        reason = f"stream position {position} is followed by {base}"
+        if recovery and base > position:
+            self._report.incomplete(f"{reason}: recovery could not read the memory", **where)
         else:
             self._report.invalid(reason, **where)
 
