@@ -83,7 +83,7 @@ class SegmentReader:
         head = os.pread(self._fd, COMMIT_BYTES, offset)
         if len(head) < COMMIT_BYTES or head[:4] != COMMIT_MAGIC:
             return None
-        magic, generation, number, flags, plain, total, base, time_ns, previous, _zero = (
+        _magic, generation, number, flags, plain, total, base, time_ns, previous, _zero = (
             COMMIT.unpack(head)
         )
         if (
@@ -126,8 +126,8 @@ class SegmentReader:
         try:
             return self._aead.decrypt(
                 nonce(self.header.generation, commit.number),
-                view[COMMIT_BYTES:end],  # type: ignore[arg-type]  # any buffer will do
-                view[:COMMIT_BYTES],  # type: ignore[arg-type]
+                view[COMMIT_BYTES:end],
+                view[:COMMIT_BYTES],
             )
         except InvalidTag as wrong:
             raise FormatError(
