@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from appliance.lab.interrupt import interruptible
 from bench.capture_check import CaptureCheck
 from bench.idle import idle
 from bench.pg import pg
@@ -80,26 +81,10 @@ def _run(words: argparse.Namespace, report: Report) -> bool:
     return not check.problems
 
 
-def _interruptible() -> None:
-    """Let SIGTERM and SIGHUP end the bench as Ctrl-C does: the stage is taken down first.
-
-    pyroute2 forks children and ends them with SIGTERM: they must not take the stage down.
-    """
-    bench = os.getpid()
-
-    def interrupt(number: int, _frame: object) -> None:
-        if os.getpid() != bench:
-            os._exit(128 + number)
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
-
-
 def main() -> int:
     """Run the works and print the report; 1 when a capture differs from what was sent."""
     words = _words()
-    _interruptible()
+    interruptible(signal.SIGTERM, signal.SIGHUP)
     started = time.monotonic()
     report = Report(_machine())
     try:

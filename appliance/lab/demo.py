@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from appliance.lab import topology
+from appliance.lab.interrupt import interruptible
 from appliance.lab.servers import ServerError, Servers
 from appliance.lab.workloads import SCHEMA, workloads
 
@@ -47,8 +48,7 @@ class Ran:
 def demo(lab: Lab, *, once: bool, as_json: bool) -> int:
     """Run the story; return 0 when everything that must be true is."""
     talk = sys.stderr if as_json else sys.stdout
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    interruptible(signal.SIGINT, signal.SIGTERM)
     try:
         _say(talk, "bringing up client, gate and server")
         lab.up()
@@ -67,10 +67,6 @@ def demo(lab: Lab, *, once: bool, as_json: bool) -> int:
     finally:
         lab.down()
     return 1 if wrong else 0
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _say(talk: TextIO, text: str) -> None:
