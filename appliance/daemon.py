@@ -8,12 +8,13 @@ The only place where the parts of a process are put together. `appliance.cli` ca
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import resource
 import signal
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvloop
 
@@ -29,11 +30,16 @@ from capture.store import Store
 from ebpf.table import OwnerTable
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from appliance.config import Config
+
+Answer = TypeVar("Answer")
 
 log = logging.getLogger("narrows.daemon")
 
 EXPIRE_S = 5.0
+FLOWS_S, CROWDED_S = 10.0, 1.0
 SEAL_S = 0.2
 
 
@@ -66,9 +72,9 @@ async def _gate(config: Config, number: int, own: set[str]) -> int:
         store, keys, f"gate-{number}", role="gate", worker=number, settings=_settings(config),
         wake=worker.wake, config_sha256=config.sha256,
     )  # fmt: skip
-    if number == 0:
-        await asyncio.to_thread(_record_bypass, writer)
     worker.start(writer)
+    stopping = asyncio.Event()
+    kernel = loop.create_task(_record_kernel(config, writer, stopping)) if number == 0 else None
     control = ControlSocket(worker, config.paths.run / f"gate-{number}.sock")
     await control.start()
     loop.call_later(EXPIRE_S, _expire, loop, table)
@@ -81,6 +87,9 @@ async def _gate(config: Config, number: int, own: set[str]) -> int:
     stopped = loop.create_future()
     worker.stop(lambda: stopped.done() or stopped.set_result(None))
     await asyncio.wait_for(stopped, 30)
+    stopping.set()
+    if kernel is not None:
+        await kernel
     link.close()
     writer.close("stopped")
     return 0
@@ -116,22 +125,49 @@ def _settings(config: Config) -> WriterSettings:
     )
 
 
-def _record_bypass(writer: SegmentWriter) -> None:
-    """Record what passed while no gate was there; durable before the counters start anew.
+async def _record_kernel(config: Config, writer: SegmentWriter, stopping: asyncio.Event) -> None:
+    """Record what the kernel lets pass by itself: bypasses at start, flows now and at the stop.
 
-    Called on a thread: netlink has a loop of its own, and the disk is waited for. When the disk
-    does not take it, the counters stay as they are and the next start records them.
+    Records are written on the loop; netlink is asked on threads, because pyroute2 runs a loop of
+    its own.
     """
-    gaps = redirect.bypass_gaps()
+    await _try("the redirect is not checked", _warn(config))
+    await _try("what passed without a gate is not recorded yet", _record_bypass(writer))
+    meter = redirect.FlowMeter()
+    crowded = False
+    while not stopping.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), CROWDED_S if crowded else FLOWS_S)
+        flows = redirect.record_flows(meter, lambda flow: writer.record(0, flow, flow.until))
+        crowded = (await _try("flows are not recorded yet", flows) or 0) > redirect.CROWD
+
+
+async def _warn(config: Config) -> None:
+    for problem in await asyncio.to_thread(redirect.check, config):
+        log.warning("redirect: %s", problem)
+
+
+async def _record_bypass(writer: SegmentWriter) -> None:
+    """Record what passed while no gate was there, and start the kernel's counters anew.
+
+    The listeners are open already, so nothing more passes. The records are in memory that survives
+    the death of every process; loss of power takes the counters as well, so the disk is not waited
+    for.
+    """
+    gaps = await asyncio.to_thread(redirect.bypass_gaps)
+    for gap in gaps:
+        writer.record(0, gap, gap.until)
+    for late in await asyncio.to_thread(redirect.settle_bypass, gaps):
+        writer.record(0, late, late.until)
+
+
+async def _try(what: str, work: Coroutine[Any, Any, Answer]) -> Answer | None:
+    """Do a part of a task that must not end; `what` is logged when kernel or disk refuse it."""
     try:
-        for gap in gaps:
-            writer.record(0, gap, gap.until)
-        if gaps:
-            writer.wait_durable()
-        for late in redirect.settle_bypass(gaps):
-            writer.record(0, late, late.until)
-    except EvidenceError:
-        log.exception("what passed without a gate is not recorded yet")
+        return await work
+    except (EvidenceError, redirect.NetlinkError, OSError):
+        log.exception("%s", what)
+        return None
 
 
 def _expire(loop: asyncio.AbstractEventLoop, table: OwnerTable) -> None:

@@ -144,6 +144,18 @@ def test_what_the_bypass_list_names_is_routed_and_nothing_else(hosts):
     assert hosts.counts()["bypass"] > 0
 
 
+@pytest.mark.parametrize(("client", "address"), [(CLIENT4, GATE_SERVER4), (CLIENT6, GATE_SERVER6)])
+def test_a_session_can_never_be_one_with_the_gate_itself(hosts, client, address):
+    hosts.apply()
+    with Server(hosts, 8443, addresses=[address], role="gate") as api:
+        with hosts.gate(dial, (address, 8443), client) as sock:
+            sock.settimeout(LOST_S)
+            with pytest.raises(TimeoutError):
+                sock.recv(1)
+        assert not api.seen
+        assert hosts.connect(address, 8443, role="gate") == f"server {address}"
+
+
 @pytest.mark.parametrize("address", SERVERS)
 def test_quic_is_rejected_at_once_so_that_it_falls_back_to_tcp(hosts, everything, address):
     before = hosts.counts()["quic"]

@@ -29,6 +29,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from appliance.proxy.redirect import nft, routing, rules
 from appliance.proxy.redirect.checks import Problem, check, client_interfaces, own_addresses
 from appliance.proxy.redirect.counts import bypass_gaps, counted, settle_bypass
+from appliance.proxy.redirect.flows import CROWD, FlowMeter, record_flows
 from appliance.proxy.redirect.rules import MARK_LOCAL, MARK_PASS, TABLE
 
 if TYPE_CHECKING:
@@ -37,11 +38,10 @@ if TYPE_CHECKING:
     from appliance.config import Config
 
 __all__ = [
-    "MARK_LOCAL", "MARK_PASS", "TABLE", "Problem", "RedirectError", "Step", "apply", "bypass_gaps",
-    "check", "client_interfaces", "counted", "own_addresses", "plan", "settle_bypass",
-    "undo", "undo_steps",
+    "CROWD", "MARK_LOCAL", "MARK_PASS", "TABLE", "FlowMeter", "NetlinkError", "Problem",
+    "RedirectError", "Step", "apply", "bypass_gaps", "check", "client_interfaces", "counted",
+    "own_addresses", "plan", "record_flows", "settle_bypass", "undo", "undo_steps",
 ]  # fmt: skip
-
 
 _TRIES = 5
 
@@ -68,7 +68,7 @@ def plan(config: Config) -> list[Step]:
     change = routing.changes(config)
     guard = routing.Changes(add=change.add, add_local=change.add_local)
     applied = nft.read(TABLE)
-    table = rules.build(config, client_interfaces(config), rules.generation(applied))
+    table = rules.build(config, client_interfaces(config), rules.generation(applied.rules))
     wrong = nft.differences(table, applied)
     surplus = routing.Changes(remove=change.remove)
     steps = [_routing_step("put the guard in place", guard)] if guard else []

@@ -86,6 +86,12 @@ def kind_of_destination() -> Expression:
     return expression("fib", (1, be32(1)), (2, be32(_FIB_KIND)), (3, be32(_FIB_DADDR)))
 
 
+def from_local() -> Rule:
+    """Continue when the source is an address of this host."""
+    kind = expression("fib", (1, be32(1)), (2, be32(_FIB_KIND)), (3, be32(_FIB_SADDR)))
+    return [kind, equals(struct.pack("=I", LOCAL))]
+
+
 def to_local() -> Rule:
     """Continue when the destination is an address of this host."""
     return [kind_of_destination(), equals(struct.pack("=I", LOCAL))]

@@ -76,10 +76,6 @@ class Applied:
     sets: dict[str, bytes]
     counters: dict[str, tuple[int, int]]  #: (packets, bytes)
 
-    def handles(self, chain: str) -> list[bytes]:
-        """Return the kernel's numbers of a chain's rules."""
-        return [first(rule, 3) or b"" for rule in self.rules.get(chain, [])]
-
 
 def read(name: str) -> Applied:
     """Return what the kernel has of a table."""
@@ -164,17 +160,25 @@ def replace(table: Table, applied: Applied) -> None:
         transact(messages)
 
 
-def rewrite(applied: Applied, chains: dict[str, list[Rule]]) -> None:
-    """Give chains of a table, which was read as `applied`, other rules, in one transaction.
+def rules_in(table: str, chains: Iterable[str]) -> dict[str, list[bytes]]:
+    """Return the attributes of the rules of some chains; a chain that is not there has none."""
+    found: dict[str, list[bytes]] = {}
+    for name in chains:
+        for data in dump(GETRULE, ((1, text(table)), (2, text(name)))):
+            if first(data, 1) == text(table) and first(data, 2) == text(name):
+                found.setdefault(name, []).append(data)
+    return found
+
+
+def rewrite(table: str, old: dict[str, list[bytes]], new: dict[str, list[Rule]]) -> None:
+    """Give chains, whose rules were read as `old`, others, in one transaction.
 
     Raises Overtaken, NetlinkError.
     """
-    key: tuple[int, bytes] = (1, text(applied.name))
     messages: list[Message] = []
-    for name, rules in chains.items():
-        old = applied.handles(name)
-        messages += [(DELRULE, 0, (key, (2, text(name)), (3, handle))) for handle in old]
-        messages += [_new_rule(applied.name, name, rule) for rule in rules]
+    for name, rules in new.items():
+        messages += [_old_rule(table, name, rule) for rule in old.get(name, [])]
+        messages += [_new_rule(table, name, rule) for rule in rules]
     with _overtaken():
         transact(messages)
 
@@ -197,9 +201,12 @@ def _overtaken() -> Iterator[None]:
 
 def _witness(applied: Applied) -> list[Message]:
     """Return messages that fail when a chain's first rule is not what was read."""
-    key: tuple[int, bytes] = (1, text(applied.name))
-    firsts = [(name, applied.handles(name)[0]) for name in applied.rules]
-    return [(DELRULE, 0, (key, (2, text(name)), (3, handle))) for name, handle in firsts]
+    return [_old_rule(applied.name, name, rules[0]) for name, rules in applied.rules.items()]
+
+
+def _old_rule(table: str, chain: str, data: bytes) -> Message:
+    handle = first(data, 3) or b""
+    return DELRULE, 0, ((1, text(table)), (2, text(chain)), (3, handle))
 
 
 def _new_rule(table: str, chain: str, rule: Rule) -> Message:

@@ -5,8 +5,8 @@ One chain at prerouting (`pre`), before routing decides; the others are reached 
 or leaves a client subnet through the gate is a session, a listed bypass, an allowed and counted
 flow, or nothing:
 
-    pre       lo passes; packets of our own sockets, and ICMP errors about them, are delivered
-              here; then by address:
+    pre       lo passes, except with a client's address; packets of our own sockets, and ICMP
+              errors about them, are delivered here; then by address:
     from4/6   from a client: what keeps the network working; own, management and martian
               destinations (`refuse`); the bypass list; QUIC; TCP by route (`tcp`); other protocols
               by route; answers to another client subnet (`answer`); drop
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
     from appliance.config import Config, Network, Route
     from appliance.proxy.redirect.expressions import Expression, Rule
-    from appliance.proxy.redirect.nft import Applied
 
 TABLE = "narrows"
 BASE = "pre"
@@ -56,6 +55,7 @@ SYN_OPTION = 253
 FLOW_SIZE = 65536
 KEEP_MS = 365 * 86_400_000  #: how long an element waits to be read
 SINCE = "since"  #: set with the first packet of each bypass
+FLOW_CHAINS = ("up4", "down4", "up6", "down6")
 PORTED = (6, 17, 33, 132, 136)  #: protocols with ports: TCP, UDP, DCCP, SCTP, UDP-Lite
 COUNTERS = (
     "session", "redirected", "refused", "bypass", "control", "quic", "spoofed", "direct", "dropped",
@@ -96,9 +96,11 @@ def flow_set(version: int, generation: str) -> str:
     return f"flows{version}{generation}"
 
 
-def generation(applied: Applied) -> str:
-    """Return which of the two flow sets the applied rules count into; "a" when there are none."""
-    first = next(iter(applied.rules.get("up4", ())), b"")
+def generation(applied: dict[str, list[bytes]]) -> str:
+    """Return which of the two flow sets applied rules, by chain, count in; "a" when there are
+    none.
+    """
+    first = next(iter(applied.get("up4", ())), b"")
     return "b" if text(flow_set(4, "b")) in first else "a"
 
 
@@ -171,7 +173,7 @@ class _Builder:
         self._shared_sets(interfaces)
         ours = [*expr.transparent_socket(), *expr.wildcard_socket(inverted=True)]
         pre = chains[BASE]
-        pre.append([expr.meta(expr.META_IIFNAME), expr.equals(_interface("lo")), ACCEPT])
+        pre += self._inside()
         pre.append([*ours, *_deliver("session")])
         pre += [[*_in(f, f.source, "clients"), expr.goto(f"from{f.version}")] for f in seen]
         pre += self._strangers()
@@ -188,6 +190,14 @@ class _Builder:
             chains[f"to{family.version}"] = self._to(family)
             chains[f"answer{family.version}"] = self._answer(family)
         return self._table
+
+    def _inside(self) -> list[Rule]:
+        """Return the rules for what this host sends to itself: no session with a client's address
+        can be one with this host, whatever its listener thinks.
+        """
+        loopback = [expr.meta(expr.META_IIFNAME), expr.equals(_interface("lo"))]
+        clients = [[*loopback, *_in(f, f.source, "clients"), *_drop("spoofed")] for f in self._seen]
+        return [[*loopback, *expr.from_local(), ACCEPT], *clients, [*loopback, ACCEPT]]
 
     def _shared_sets(self, interfaces: list[str]) -> None:
         add = self._table.sets
