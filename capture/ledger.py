@@ -143,8 +143,10 @@ class _Edge:
 
 
 class Ledger:
-    """The log in one directory, open for appending; the caller sees to it that there is only
-    one.
+    """The log in one directory. Any number may read; the caller sees to it that only one appends.
+
+    A reader sees the log as it was when it was opened, and only as long as its partial tiles are
+    there: open, read, let go.
     """
 
     def __init__(self, directory: Path, signer: NoteSigner) -> None:
@@ -168,7 +170,7 @@ class Ledger:
             raise EvidenceError(
                 f"the ledger in {directory} does not match its checkpoint; run evidence verify"
             )
-        self._sweep()
+        self._swept = False
         self._tile = lru_cache(maxsize=256)(self._read_tile)
 
     @property
@@ -187,6 +189,9 @@ class Ledger:
                 raise ValueError(f"a leaf of {len(entry)} bytes")
             files += edge.add(entry)
         checkpoint = Checkpoint(self.checkpoint.origin, edge.size, edge.root())
+        if not self._swept:
+            self._sweep()
+            self._swept = True
         self._write(files + edge.partials())
         note = self._signer.sign(checkpoint.text())
         write_file(self._directory / "checkpoint", note, mode=0o644)
@@ -291,14 +296,21 @@ class Ledger:
         return edge
 
     def _sweep(self) -> None:
-        """Remove what an append that was killed left beside the current partials."""
-        for name, _ in self._edge.partials():
-            current = self._directory / name
-            full = current.parent.with_name(current.parent.name.removesuffix(".p"))
-            full.unlink(missing_ok=True)
-            for path in current.parent.iterdir():
-                if path != current:
-                    path.unlink(missing_ok=True)
+        """Remove what an append that was killed left beside, and beyond, the current partials."""
+        current = {self._directory / name for name, _ in self._edge.partials()}
+        left = set(self._directory.glob(".checkpoint.*"))
+        levels = range(len(self._edge.levels) + 1)
+        names: list[tuple[int | str, int]] = [("entries", 0)]
+        names += [(level, level) for level in levels]
+        for name, level in names:
+            first = (self._edge.size >> (8 * level)) // WIDTH
+            for index in (first, first + 1):
+                full = self._directory / tile_path(name, index)
+                left.add(full)
+                left.update(full.parent.glob(".*"))
+                left.update(full.with_name(f"{full.name}.p").glob("*"))
+        for path in left - current:
+            path.unlink(missing_ok=True)
 
     def _write(self, files: list[tuple[str, bytes]]) -> None:
         touched: set[Path] = set()
