@@ -132,14 +132,22 @@ async def _record_kernel(config: Config, writer: SegmentWriter, stopping: asynci
     its own.
     """
     await _try("the redirect is not checked", _warn(config))
-    await _try("what passed without a gate is not recorded yet", _record_bypass(writer))
-    meter = redirect.FlowMeter()
-    crowded = False
-    while not stopping.is_set():
+    with redirect.alone(config.paths.run, wait=False) as mine:
+        if mine:
+            await _try("what passed without a gate is not recorded yet", _record_bypass(writer))
+    crowded = stopped = False
+    while not stopped:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stopping.wait(), CROWDED_S if crowded else FLOWS_S)
-        flows = redirect.record_flows(meter, lambda flow: writer.record(0, flow, flow.until))
-        crowded = (await _try("flows are not recorded yet", flows) or 0) > redirect.CROWD
+            stopped = await asyncio.wait_for(stopping.wait(), CROWDED_S if crowded else FLOWS_S)
+        with redirect.alone(config.paths.run, wait=False) as mine:
+            if mine:
+                flows = await _try("flows are not recorded yet", _record_flows(writer))
+                crowded = (flows or 0) > redirect.CROWD
+
+
+async def _record_flows(writer: SegmentWriter) -> int:
+    meter = redirect.FlowMeter()
+    return await redirect.record_flows(meter, lambda flow: writer.record(0, flow, flow.until))
 
 
 async def _warn(config: Config) -> None:

@@ -179,11 +179,11 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A person or program acted on a session (kill)."""
+    """A person or program acted: on the session that it stands in, or on the gate."""
 
     actor: str  #: "uid:0(root)" of the local control socket's peer
-    action: str  #: "kill"
-    reason: str
+    action: str  #: "kill", "redirect-apply", "redirect-undo"
+    reason: str  #: as given; for the redirect, what was changed
     outcome: str  #: "done" or why not
 
 

@@ -11,6 +11,7 @@ process dies:
     apply   1 the guard: from here on client subnets are closed
             2 the rule set
             3 guard rules that are not needed any more
+    close   the way into the rule set: client subnets are closed, and counts stay as they are
     undo    1 the rule set: client subnets are closed
             2 the guard
 
@@ -28,7 +29,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from appliance.proxy.redirect import nft, routing, rules
 from appliance.proxy.redirect.checks import Problem, check, client_interfaces, own_addresses
-from appliance.proxy.redirect.counts import bypass_gaps, counted, settle_bypass
+from appliance.proxy.redirect.counts import alone, bypass_gaps, counted, settle_bypass
 from appliance.proxy.redirect.flows import CROWD, FlowMeter, record_flows
 from appliance.proxy.redirect.rules import MARK_LOCAL, MARK_PASS, TABLE
 
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CROWD", "MARK_LOCAL", "MARK_PASS", "TABLE", "FlowMeter", "NetlinkError", "Problem",
-    "RedirectError", "Step", "apply", "bypass_gaps", "check", "client_interfaces", "counted",
+    "RedirectError", "Step", "alone", "apply", "bypass_gaps", "check", "client_interfaces",
+    "close", "counted",
     "own_addresses", "plan", "record_flows", "settle_bypass", "undo", "undo_steps",
 ]  # fmt: skip
 
@@ -88,6 +90,21 @@ def apply(config: Config) -> list[str]:
     return _carry_out(lambda: plan(config))
 
 
+def close() -> None:
+    """Take the way into the rule set away: the guard closes client subnets, and the counts stand
+    still until somebody recorded them. Raises RedirectError.
+    """
+    for _ in range(_TRIES):
+        old = nft.rules_in(TABLE, [rules.BASE])
+        try:
+            return nft.rewrite(TABLE, old, {name: [] for name in old})
+        except nft.Overtaken:
+            continue
+        except NetlinkError as refused:
+            raise RedirectError(f"the kernel refused to close the rule set: {refused}") from refused
+    raise RedirectError("somebody else keeps changing the rule set")
+
+
 def undo_steps() -> list[Step]:
     """Return the steps that remove everything of ours, the guard last. Counts that nobody recorded
     go with it.
@@ -113,6 +130,7 @@ def _routing_step(text: str, change: routing.Changes) -> Step:
 def _carry_out(find: Callable[[], list[Step]]) -> list[str]:
     """Do the steps that `find` gives until it gives none."""
     done: list[str] = []
+    why = "it has something else than was asked for"
     for _ in range(_TRIES):
         steps = find()
         if not steps:
@@ -120,10 +138,11 @@ def _carry_out(find: Callable[[], list[Step]]) -> list[str]:
         for step in steps:
             try:
                 step.run()
-            except nft.Overtaken:
-                break  # by the gate, which counts flows, or by somebody else: look again
+            except nft.Overtaken as refused:
+                why = str(refused)
+                break  # by the gate, which turns flow sets, or by somebody else: look again
             except NetlinkError as refused:
                 raise RedirectError(f"the kernel refused to {step.text}: {refused}") from refused
             done.append(step.text)
     left = "; ".join((steps[0].text, *steps[0].details[:3]))
-    raise RedirectError(f"the kernel has something else than was asked for; still to do: {left}")
+    raise RedirectError(f"still to do: {left}; the kernel says: {why}")

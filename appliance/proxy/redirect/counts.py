@@ -7,7 +7,10 @@ which passes nothing from then on.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pyroute2.netlink.exceptions import NetlinkError
@@ -16,10 +19,30 @@ from appliance.proxy.redirect import nft, rules, sets
 from capture.records import Gap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
 _BYPASS, _ANSWER = rules.bypass_counter(""), rules.answer_counter("")
 _NOTHING = (0, 0)
+
+
+@contextmanager
+def alone(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Be the only process that records what the kernel counted; give whether that is so.
+
+    `folder` is the boot's memory. The gate does not wait: what it does not record now, it records
+    later, unless somebody else did.
+    """
+    descriptor = os.open(folder / "counts.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def counted() -> dict[str, tuple[int, int]]:

@@ -58,7 +58,13 @@ class FlowMeter:
             return []
         until = time.time_ns()
         time.sleep(QUIET_S)
-        return [counted for family in FAMILIES for counted in _read(family, quiet, until)]
+        return _read(quiet, until)
+
+    def rest(self) -> list[CountedFlow]:
+        """Return what all sets counted, when no rule counts any more (`redirect.close`)."""
+        time.sleep(QUIET_S)
+        until = time.time_ns()
+        return [*_read("a", until), *_read("b", until)]
 
     def forget(self, counted: Sequence[CountedFlow]) -> None:
         """Remove what is recorded from the sets, BATCH keys at most. Raises NetlinkError."""
@@ -101,13 +107,13 @@ async def record_flows(meter: FlowMeter, record: Callable[[Flow], object]) -> in
     return len(counted)
 
 
-def _read(family: Family, generation: str, until: int) -> list[CountedFlow]:
-    name = rules.flow_set(family.version, generation)
-    now = time.time_ns()
-    return [
-        CountedFlow(_flow(family, element, now, until), name, element.key)
-        for element in sets.elements(rules.TABLE, name, rules.KEEP_MS)
-    ]
+def _read(generation: str, until: int) -> list[CountedFlow]:
+    found = []
+    for family in FAMILIES:
+        name, now = rules.flow_set(family.version, generation), time.time_ns()
+        for element in sets.elements(rules.TABLE, name, rules.KEEP_MS):
+            found.append(CountedFlow(_flow(family, element, now, until), name, element.key))
+    return found
 
 
 def _flow(family: Family, element: sets.Element, now: int, until: int) -> Flow:
