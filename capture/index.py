@@ -51,9 +51,9 @@ class IndexUnusable(EvidenceError):
 class Index:
     """One index file, open; a context manager. `db` is its connection, in autocommit mode."""
 
-    def __init__(self, path: Path, db: sqlite3.Connection, *, readonly: bool) -> None:
+    def __init__(self, path: Path | None, db: sqlite3.Connection, *, readonly: bool) -> None:
         self.path, self.db, self._readonly = path, db, readonly
-        self._inode = path.stat().st_ino
+        self._inode = 0 if path is None else path.stat().st_ino
 
     @classmethod
     def open(cls, path: Path, *, readonly: bool = False) -> Self:
@@ -72,6 +72,21 @@ class Index:
             discard(path)
             return cls(path, _connect(path), readonly=False)
 
+    @classmethod
+    def in_memory(cls, path: Path) -> Self:
+        """Return a copy of an index that the disk cannot take changes to, empty when it cannot be
+        read.
+        """
+        db = sqlite3.connect(":memory:", isolation_level=None)
+        try:
+            with contextlib.closing(_connect_readonly(path)) as old:
+                old.backup(db)
+        except (sqlite3.Error, IndexUnusable):
+            db.close()
+            db = sqlite3.connect(":memory:", isolation_level=None)
+            _create(db)
+        return cls(None, db, readonly=False)
+
     def __enter__(self) -> Self:
         return self
 
@@ -89,6 +104,8 @@ class Index:
 
     def follow_path(self) -> bool:
         """Open the file anew when another one lies under its path; say whether that was so."""
+        if self.path is None:
+            return False
         try:
             same = self.path.stat().st_ino == self._inode
         except FileNotFoundError:

@@ -78,6 +78,7 @@ class Filter:
     since: int | None = None  #: started then or later
     state: State | None = None
     limit: int = 0  #: 0 for all
+    oldest_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +127,14 @@ _FOUND = (
 
 
 def sessions(index: Index, chosen: Filter) -> Iterator[Session]:
-    """Yield the chosen sessions, newest first. NoWords when there is nothing to search for."""
+    """Yield the chosen sessions, the newest first unless told otherwise. NoWords when there is
+    nothing to search for.
+    """
     tests, values = _tests(chosen)
     where = f"WHERE {' AND '.join(tests)}" if tests else ""
     limit = chosen.limit or -1
-    rows = index.db.execute(
-        f"{_SESSIONS} {where} ORDER BY s.started DESC, s.id DESC LIMIT ?", (*values, limit)
-    )
+    order = "s.started, s.id" if chosen.oldest_first else "s.started DESC, s.id DESC"
+    rows = index.db.execute(f"{_SESSIONS} {where} ORDER BY {order} LIMIT ?", (*values, limit))
     return map(_session, rows)
 
 
@@ -175,11 +177,11 @@ def extents(index: Index, wanted: int) -> Iterator[Extent]:
     return (Extent(*row) for row in rows)
 
 
-def events(index: Index, kind: int) -> Iterator[Event]:
-    """Yield the records of one kind, oldest first."""
-    rows = index.db.execute(
-        "SELECT kind, time, session, fields FROM event WHERE kind = ? ORDER BY time", (kind,)
-    )
+def events(index: Index, *kinds: int) -> Iterator[Event]:
+    """Yield the records of these kinds, oldest first."""
+    marks = ", ".join("?" * len(kinds))
+    query = f"SELECT kind, time, session, fields FROM event WHERE kind IN ({marks}) ORDER BY time"  # noqa: S608 - marks only
+    rows = index.db.execute(query, kinds)
     return (Event(row[0], row[1], number(row[2]), json.loads(row[3])) for row in rows)
 
 
@@ -194,6 +196,13 @@ def expressions(words: str) -> list[str]:
     if not found:
         raise NoWords("there is no letter or digit to search for")
     return found
+
+
+def endpoint(host: str | None, port: int | None) -> str:
+    """Return "address:port", an IPv6 address in brackets; empty when there is none."""
+    if host is None:
+        return ""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _tests(chosen: Filter) -> tuple[list[str], list[Any]]:
@@ -221,13 +230,7 @@ def _session(row: tuple[Any, ...]) -> Session:
     route, worker, account, assurance, how, unknown, owner, *counts = rest
     state = State.CLOSED if closed else State.CUT if gone else State.RUNNING
     return Session(
-        number(identity), started, ended, state, _endpoint(client, port),
-        _endpoint(target, target_port), route, worker, account, assurance, how, unknown,
+        number(identity), started, ended, state, endpoint(client, port),
+        endpoint(target, target_port), route, worker, account, assurance, how, unknown,
         None if owner is None else json.loads(owner), *counts,
     )  # fmt: skip
-
-
-def _endpoint(host: str | None, port: int | None) -> str:
-    if host is None:
-        return ""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

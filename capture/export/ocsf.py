@@ -17,13 +17,14 @@ are ASCII: whatever a peer sent, they are safe to show.
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from capture import plainjson
 from capture.exchange import exchanges
-from capture.index_query import State
+from capture.frames import session_number
+from capture.index_query import Session, State, endpoint
 from capture.moment import rfc3339
 from capture.segment import VERSION
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from capture.exchange import Exchange, Record
-    from capture.index_query import Session
+    from capture.index_query import Event
     from capture.reader import Reader
 
 SCHEMA = "1.8.0"
@@ -74,9 +75,23 @@ def export(reader: Reader, session: Session) -> Iterator[bytes]:
     yield line(session_event(session, told))
 
 
+def refused_line(refused: Event) -> bytes:
+    """Return the line of a connection that was not let through: a session that never began."""
+    told = refused.fields
+    never = Session(
+        number=session_number(told["reference"]), started=refused.time_ns, ended=refused.time_ns,
+        state=State.CLOSED, client=endpoint(told["client"], told["client_port"]),
+        target=endpoint(told["target"], told["target_port"]), route=None, worker=None,
+        account=None, assurance="none", how="none", unknown="refused", owner=None, protocol=None,
+        bytes_up=0, bytes_down=0, operations=0, denied=0, errors=0, hidden=0, gaps=0, alarms=0,
+        reason="refused", ended_by="gate",
+    )  # fmt: skip
+    return line(session_event(never, _Told()) | {"status_detail": told["reason"]})
+
+
 def line(event: dict[str, Any]) -> bytes:
     """Return an event as one line of ASCII JSON."""
-    return json.dumps(event, separators=(",", ":")).replace("\x7f", "\\u007f").encode() + b"\n"
+    return plainjson.dumps(event).encode() + b"\n"
 
 
 class _Told:

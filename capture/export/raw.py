@@ -13,6 +13,7 @@ may also have been sent. Nothing is buffered; a file appears under its name when
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -50,13 +51,21 @@ def export(reader: Reader, session: Session, folder: Path) -> Iterator[Blank]:
 
 def _write(reader: Reader, session: int, side: Side, folder: Path, total: int) -> Iterator[Blank]:
     path = folder / f"{session_name(session)}.{_FILES[side]}"
+    with whole_file(path) as file:
+        end = yield from _fill(reader, session, side, path, total, file)
+    if not end and side not in _ALWAYS:
+        path.unlink()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a file that only its owner can read and that appears as `path` when it is whole."""
     scratch = path.with_name(f".{path.name}.part")
     scratch.unlink(missing_ok=True)
     try:
         with open(scratch, "xb", opener=_owner_only) as file:
-            end = yield from _fill(reader, session, side, path, total, file)
-        if end or side in _ALWAYS:
-            os.replace(scratch, path)
+            yield file
+        os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
 
