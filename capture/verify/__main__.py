@@ -33,13 +33,13 @@ def main(words: list[str] | None = None) -> int:
         "--checkpoint", type=Path, action="append", default=[], help="a checkpoint that you kept"
     )
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(words)
+    given = parser.parse_intermixed_args(words)
     vkey = given.ledger_key
-    if vkey is not None and "+" not in vkey:
-        vkey = Path(vkey).read_text("ascii")
     try:
+        if vkey is not None and "+" not in vkey:
+            vkey = Path(vkey).read_text("ascii")
         report = verify(given.state, given.what, vkey, key=given.key, kept=given.checkpoint)
-    except ValueError as wrong:
+    except (OSError, ValueError) as wrong:
         parser.error(str(wrong))
     print(json.dumps(report.json(), indent=2) if given.json else report.text())
     return report.exit_code

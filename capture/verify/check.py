@@ -144,9 +144,14 @@ class _Check:
                 self._report.segments += 1
                 _Bytes(segment, sealed, self._history, self._content, self._report).run()
         except FileNotFoundError:
-            self._report.invalid("the segment is missing", segment=generation, offset=0)
+            self._lost(generation, "the segment is missing")
         except (OSError, SegmentError) as wrong:
-            self._report.invalid(str(wrong), segment=generation, offset=0)
+            self._lost(generation, str(wrong))
+
+    def _lost(self, generation: int, reason: str) -> None:
+        self._report.invalid(reason, segment=generation, offset=0)
+        if self._content is not None:
+            self._content.lost()
 
     def _unsealed(self) -> None:
         """Look at the segments that the log does not know."""
@@ -159,6 +164,13 @@ class _Check:
                 continue
             try:
                 with Segment(path) as segment:
+                    if segment.generation != generation:
+                        self._report.invalid(
+                            f"it holds segment {segment.generation:08x}",
+                            segment=generation,
+                            offset=0,
+                        )
+                        continue
                     pending(segment, 0, BLOCK, self._history, self._report)
             except (OSError, SegmentError) as wrong:
                 self._report.incomplete(
@@ -206,6 +218,8 @@ class _Bytes:
             if commit is None or commit.number != number:
                 self._invalid(f"commit {number} is missing, or its header was changed", offset)
                 self._tag = None
+                if self._content is not None:
+                    self._content.lost()
                 return
             raw = self._segment.raw(commit)
             if self._tag is not None and commit.previous_tag != self._tag:

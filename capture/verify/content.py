@@ -114,7 +114,8 @@ class Content:
         """`whole`: every segment is given, so that every session is seen from its begin on."""
         self._wrapping = AESGCM(key)
         self._key_id = sha256(b"narrows key id\0" + key).digest()[:8]
-        self._history, self._log, self._report, self._whole = history, log, report, whole
+        self._history, self._log, self._report = history, log, report
+        self._given = self._whole = whole
         self._box: AESGCM | None = None
         self._segment: Segment
         self._sessions: dict[int, _Session] = {}
@@ -131,6 +132,7 @@ class Content:
             data_key = self._wrapping.decrypt(wrapped[:12], wrapped[12:], context)
         except InvalidTag:
             self._report.invalid("its data key does not open", **where)
+            self.lost()
             return
         if sha256(b"narrows key commitment\0" + data_key).digest() != commitment:
             self._report.invalid("its data key breaks its commitment", **where)
@@ -156,14 +158,21 @@ class Content:
         plaintext = self.opens(commit, raw)
         if plaintext is None:
             self._report.invalid("the commit does not authenticate", **where)
+            self.lost()
             return
         place = struct.pack("<II", self._segment.generation, commit.number)
         try:
             expected = self._frames(plaintext, commit.number, sha256(raw).digest() + place)
         except (ValueError, KeyError, TypeError, IndexError) as wrong:
             self._report.invalid(f"a record is malformed: {wrong!r}", **where)
+            self.lost()
             return
         self._compare(expected, commit)
+
+    def lost(self) -> None:
+        """Some of this incarnation is missing: sessions that it touches cannot be counted."""
+        self._sessions.clear()
+        self._whole = False
 
     def end(self) -> None:
         """The last segment of an incarnation was given: compare the sessions that were cut."""
@@ -175,6 +184,7 @@ class Content:
                 fields = self._leaf(index)
                 self._differ({**wanted, **session.counted()}, fields, index, {"session": name})
         self._sessions.clear()
+        self._whole = self._given
 
     def _frames(self, plaintext: bytes, commit: int, where: bytes) -> list[Fields]:
         """Count the frames; return what the leaves of the commit's records must say."""
@@ -260,9 +270,9 @@ class Content:
     def _differ(self, wanted: Fields, fields: Fields, index: int, where: Fields) -> None:
         session = wanted.get("session") or None
         for name, value in wanted.items():
-            if fields[name] != value:
+            if fields.get(name) != value:
                 self._report.invalid(
-                    f"the leaf says {name} {fields[name]}, the segment {value}", leaf=index,
+                    f"the leaf says {name} {fields.get(name)}, the segment {value}", leaf=index,
                     **{**where, "session": session},
                 )  # fmt: skip
 

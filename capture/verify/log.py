@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from capture.verify.report import Report
 
 _TRIES = 50
+_RECENT = 64
 
 
 class Log:
@@ -32,6 +33,7 @@ class Log:
         """
         self._directory, self._report = directory, report
         self._edge: dict[str, bytes] = {}
+        self._recent: dict[int, list[bytes]] = {}  #: entries of bundles that were asked for
         for attempt in range(_TRIES):
             note = (directory / "checkpoint").read_bytes()
             self.signed = Signed.read(note, key)
@@ -74,11 +76,15 @@ class Log:
     def entry(self, index: int) -> bytes:
         """Return one leaf's data again; OSError or ValueError when it cannot be read."""
         number, within = divmod(index, TILE)
-        width = min(TILE, self.signed.size - number * TILE)
-        content = self._file(path("entries", number, width))
-        if content is None:
-            raise ValueError("the entries are missing")
-        return _split(content, width)[within]
+        if number not in self._recent:
+            width = min(TILE, self.signed.size - number * TILE)
+            content = self._file(path("entries", number, width))
+            if content is None:
+                raise ValueError("the entries are missing")
+            if len(self._recent) >= _RECENT:
+                del self._recent[next(iter(self._recent))]
+            self._recent[number] = _split(content, width)
+        return self._recent[number][within]
 
     def _compare(self, tree: Tree, kept: Sequence[Signed]) -> None:
         for old in kept:
