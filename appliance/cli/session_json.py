@@ -33,6 +33,7 @@ def session_object(session: Session) -> dict[str, Any]:
         "close_reason": session.reason,
         "closed_by": session.ended_by,
         "counts": {
+            "operations": session.operations,
             "errors": session.errors,
             "denied": session.denied,
             "hidden": session.hidden,

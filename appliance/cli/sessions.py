@@ -205,7 +205,9 @@ _SECTIONS = {
 
 def _print_object(reader: Reader, session: Session) -> None:
     """Print one object; each list is a pass over the session, so that none is held in memory."""
-    sys.stdout.write(plainjson.dumps(session_object(session))[:-1] + ',\n"operations":')
+    head = session_object(session)
+    del head["operations"]  # the number; here the operations themselves have that name
+    sys.stdout.write(plainjson.dumps(head)[:-1] + ',\n"operations":')
     _print_array(_operations(reader, session.number))
     for section, kind in _SECTIONS.items():
         sys.stdout.write(f',"{section}":')
