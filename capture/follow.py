@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from capture.errors import EvidenceError, FormatError
 from capture.segfile import BLOCK
 from capture.tail import CommitInfo, SegmentReader
+from capture.uncached import Uncached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,6 +92,7 @@ class Follower:
         self, store: Store, keys: Keys, start: Callable[[int], Cursor] = lambda _: BEGINNING
     ) -> None:
         self._store, self._keys, self._start = store, keys, start
+        self._uncached = Uncached()
         self._known: set[int] = set()
         self._streams: dict[int, _Stream] = {}
         self._listed_ns = -1
@@ -157,7 +159,9 @@ class Follower:
             return
         stream = self._streams.get(incarnation)
         if stream is None:
-            stream = _Stream(incarnation, self._store.segment, self._keys, self._start)
+            stream = _Stream(
+                incarnation, self._store.segment, self._keys, self._start, self._uncached
+            )
             self._streams[incarnation] = stream
         stream.waiting.append(generation)
 
@@ -165,7 +169,9 @@ class Follower:
 class _Stream:
     """The segments of one incarnation that are not read to their end; only the first is open."""
 
-    __slots__ = ("_head", "_keys", "_last_look", "_path", "_start", "incarnation", "waiting")
+    __slots__ = (
+        "_head", "_keys", "_last_look", "_path", "_start", "_uncached", "incarnation", "waiting"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -173,10 +179,11 @@ class _Stream:
         path: Callable[[int], Path],
         keys: Keys,
         start: Callable[[int], Cursor],
+        uncached: Uncached,
     ) -> None:
         self.incarnation = incarnation
         self.waiting: deque[int] = deque()  #: later generations, oldest first
-        self._path, self._keys, self._start = path, keys, start
+        self._path, self._keys, self._start, self._uncached = path, keys, start, uncached
         self._head: _Head | None = None
         self._last_look = False
 
@@ -226,7 +233,7 @@ class _Stream:
     def _open(self, damage: list[Damage]) -> _Head | None:
         generation = self.waiting.popleft()
         try:
-            reader = SegmentReader(self._path(generation), self._keys)
+            reader = SegmentReader(self._path(generation), self._keys, uncached=self._uncached)
         except FileNotFoundError:
             return None
         except EvidenceError:

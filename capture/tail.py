@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from capture.crypt import Keys
+    from capture.uncached import Uncached
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +52,27 @@ class CommitInfo:
 class SegmentReader:
     """Random and sequential access to the commits of one segment; a context manager."""
 
-    def __init__(self, path: Path, keys: Keys | None = None) -> None:
-        """Open the file; FormatError when it is no segment. Without keys only `raw` can be read."""
+    def __init__(
+        self, path: Path, keys: Keys | None = None, *, uncached: Uncached | None = None
+    ) -> None:
+        """Open the file; FormatError when it is no segment. Without keys only `raw` can be read.
+
+        With `uncached` commits are read past the page cache.
+        """
         self.path = path
+        self._uncached = uncached
+        self._direct = -1
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            if uncached is not None:
+                # Only heads come through the page cache: read nothing ahead of them.
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+                self._direct = uncached.open(path)
             block = os.pread(self._fd, BLOCK, 0)
             self.header = SegmentHeader.unpack(block)
             self._aead = None if keys is None else AESGCM(SegmentHeader.data_key(block, keys))
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
 
     def __enter__(self) -> Self:
@@ -77,6 +89,8 @@ class SegmentReader:
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
+        if self._direct >= 0:
+            os.close(self._direct)
 
     def commit_at(self, offset: int) -> CommitInfo | None:
         """Return the commit whose header is at `offset`; None where nothing was written yet."""
@@ -111,7 +125,10 @@ class SegmentReader:
 
     def raw(self, commit: CommitInfo) -> bytes:
         """Return the commit's whole block range as it lies on disk."""
-        content = os.pread(self._fd, commit.total_bytes, commit.offset)
+        if self._uncached is not None:
+            content = self._uncached.read(self._direct, commit.total_bytes, commit.offset)
+        else:
+            content = os.pread(self._fd, commit.total_bytes, commit.offset)
         if len(content) != commit.total_bytes:
             raise FormatError(f"{self.path.name}: commit at {commit.offset} is cut off")
         return content
