@@ -88,8 +88,13 @@ class Hosts:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def sysctl(self, role, path, value):
-        self.on(role, Path("/proc/sys/net", path).write_text, value)
+    def sysctl(self, role, path, value=None):
+        """Set a switch of a host's kernel; return what it was."""
+        switch = Path("/proc/sys/net", path)
+        before = self.on(role, switch.read_text).strip()
+        if value is not None:
+            self.on(role, switch.write_text, value)
+        return before
 
     def counts(self):
         """Return packets by counter."""
@@ -188,19 +193,21 @@ class Listener(_Served):
 
 
 class Relay(Listener):
-    """Listeners that dial the server from the client's own address and pass its first word on."""
+    """Listeners that dial the server, from the client's address or the gate's own, and pass its
+    first word on.
+    """
 
-    def __init__(self, hosts):
+    def __init__(self, hosts, *, own_address=False):
         super().__init__(hosts)
-        self._hosts = hosts
+        self._hosts, self._own_address = hosts, own_address
 
     def ready(self, sock):
         near, peer = sock.accept()
         target = near.getsockname()[:2]
-        with near, self._hosts.gate(dial, target, peer[0]) as far:
+        source = None if self._own_address else peer[0]
+        with near, self._hosts.gate(dial, target, source) as far:
             self.seen.append((peer[0], name(*target)))
-            far.settimeout(2)
-            far.setblocking(True)
+            far.settimeout(1)
             near.sendall(b"relayed " + far.recv(200))
 
 
