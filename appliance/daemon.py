@@ -115,6 +115,22 @@ def seal(config: Config) -> int:
     return 0
 
 
+def sensor(config: Config) -> int:
+    """Run the sensor until SIGTERM or SIGINT; return the exit code."""
+    from ebpf import procfs
+    from ebpf.sensor import SensorSettings, run
+
+    settings = SensorSettings(
+        cgroup=procfs.cgroup_mount() / config.sensor.cgroup.strip("/"),
+        socket=config.paths.run / "sensor.sock",
+        blob=config.paths.blob,
+        prefixes=config.sensor.prefixes,
+        covers=config.sensor.covers,
+        host=config.sensor.host,
+    )
+    return run(settings)
+
+
 def _settings(config: Config) -> WriterSettings:
     evidence = config.evidence
     return WriterSettings(
