@@ -7,6 +7,7 @@ says (PostgreSQL documentation, "Message Formats"); none keeps a reference to th
 
 from __future__ import annotations
 
+from functools import lru_cache
 from struct import Struct
 from struct import error as struct_error
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ MOST_CANCEL_BYTES = 12 + 256  #: 3.2: the key has up to 256 bytes
 
 _MOST_MESSAGE_CHARS = 4 * 1024
 _MOST_BINDS_BYTES = 64 * 1024
+_SHORT_BYTES = 1024
 _MOST_COLUMNS = 1_664  #: the server's MaxTupleAttributeNumber
 
 _INT2 = Struct("!h").unpack_from
@@ -29,6 +31,9 @@ _INT4 = Struct("!i").unpack_from
 _UINT4 = Struct("!I").unpack_from
 _COLUMN = Struct("!IhIhih").unpack_from
 _FIXED_COLUMN_BYTES = 18
+
+
+Columns = tuple[tuple[str, int], ...]  #: (name, type oid)
 
 
 class Malformed(Exception):
@@ -152,6 +157,17 @@ def _omitted(found: list[Any], count: int, *, cut: bool) -> tuple[Any, ...]:
     return (*found, {"omitted": count - len(found)})
 
 
+def function_call(body: bytes) -> tuple[int, tuple[int, ...], int]:
+    """Return (function's oid, formats of its arguments, where the argument count stands)."""
+    try:
+        (oid,) = _UINT4(body, 0)
+        (count,) = _COUNT(body, 4)
+        formats = tuple(_INT2(body, 6 + 2 * number)[0] for number in range(count))
+    except struct_error as wrong:
+        raise Malformed("FunctionCall is cut") from wrong
+    return oid, formats, 6 + 2 * count
+
+
 def error_fields(body: bytes) -> dict[str, str]:
     """Return the fields of ErrorResponse or NoticeResponse by their one-letter codes."""
     fields: dict[str, str] = {}
@@ -166,28 +182,44 @@ def error_fields(body: bytes) -> dict[str, str]:
     return fields
 
 
-def columns(body: bytes) -> tuple[tuple[str, int], ...]:
-    """Return (name, type oid) of each column of a RowDescription."""
+def columns(body: bytes) -> Columns:
+    """Return (name, type oid) of each column of a RowDescription; of a cut one those that are
+    there.
+    """
+    return _short_columns(body) if len(body) <= _SHORT_BYTES else _columns(body)
+
+
+def _columns(body: bytes) -> Columns:
+    found: list[tuple[str, int]] = []
     try:
         (count,) = _COUNT(body, 0)
         position = 2
-        found: list[tuple[str, int]] = []
         for _ in range(min(count, _MOST_COLUMNS)):
             end = body.index(b"\0", position)
             found.append((text_of(body[position:end]), _COLUMN(body, end + 1)[2]))
             position = end + 1 + _FIXED_COLUMN_BYTES
-    except (struct_error, ValueError) as wrong:
-        raise Malformed("RowDescription is cut") from wrong
+    except (struct_error, ValueError):
+        pass  # cut at the limit, or by a server that is none: what is there is told
     return tuple(found)
 
 
+#: The same few statements give the same few descriptions.
+_short_columns = lru_cache(1024)(_columns)
+
+
 def parameter_types(body: bytes) -> tuple[int, ...]:
-    """Return the type oids of a ParameterDescription."""
-    try:
-        (count,) = _COUNT(body, 0)
-        return tuple(_UINT4(body, 2 + 4 * number)[0] for number in range(count))
-    except struct_error as wrong:
-        raise Malformed("ParameterDescription is cut") from wrong
+    """Return the type oids of a ParameterDescription; of a cut one those that are there."""
+    count = min(int.from_bytes(body[:2], "big"), (len(body) - 2) // 4)
+    return tuple(_UINT4(body, 2 + 4 * number)[0] for number in range(count))
+
+
+def strings(body: bytes, position: int, count: int) -> list[str]:
+    """Return `count` strings that stand one after another from `position`."""
+    found: list[str] = []
+    for _ in range(count):
+        text, position = cstring(body, position)
+        found.append(text_of(text))
+    return found
 
 
 def error_response(sqlstate: str, message: str) -> bytes:
