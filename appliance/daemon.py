@@ -16,11 +16,10 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import uvloop
-
 from appliance.attribution import Attributor, Register, ReplayCache, SensorLink, check_overlaps
 from appliance.live import ControlSocket
 from appliance.proxy import redirect
+from appliance.proxy.loop import GateLoop
 from appliance.proxy.worker import Worker
 from capture.crypt import Keys
 from capture.errors import EvidenceError
@@ -48,12 +47,12 @@ def gate(config: Config, number: int) -> int:
     check_overlaps(config.account, config.file)
     _all_descriptors()
     own = redirect.own_addresses()  # netlink before the loop: pyroute2 runs a loop of its own
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_gate(config, number, own))
+    loop = GateLoop()
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        return runner.run(_gate(config, number, own, loop))
 
 
-async def _gate(config: Config, number: int, own: set[str]) -> int:
-    loop = asyncio.get_running_loop()
+async def _gate(config: Config, number: int, own: set[str], loop: GateLoop) -> int:
     store = Store(config.paths.state, config.paths.run)
     store.prepare()
     keys = Keys.load_or_create(config.paths.state)
