@@ -42,7 +42,6 @@ class Lab:
     def __init__(self, place: Place | None = None) -> None:
         self.place = place or Place()
         self._supervisor: subprocess.Popen[Any] | None = None  #: when this process started it
-        self._supervisor: subprocess.Popen[Any] | None = None  # when it is a child of this process
 
     @property
     def config(self) -> Config:
@@ -164,7 +163,6 @@ class Lab:
                 stderr=log,
                 start_new_session=True,
             )
-        self._supervisor = process
         self._supervisor = process
         self._note(process.pid)
         self._wait_ready(config, process)
