@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from capture.store import Store
 
 MAX_ENTRY_BYTES = 4096
+_AT_ONCE = 64
 
 
 def load_signer(store: Store) -> NoteSigner:
@@ -62,19 +63,30 @@ def write_file(path: Path, content: bytes, *, mode: int = 0o600) -> None:
     """Put `content` under `path` in one step that survives power loss, except for the directory's
     own entry.
     """
+    fd, scratch = _scratch(path, content, mode)
+    try:
+        os.fdatasync(fd)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink()
+        raise
+    finally:
+        os.close(fd)
+
+
+def _scratch(path: Path, content: bytes, mode: int) -> tuple[int, Path]:
+    """Write `content` beside `path`; return the open file and its path."""
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         view = memoryview(content)
         while view:
             view = view[os.write(fd, view) :]
-        os.fdatasync(fd)
     except BaseException:
+        os.close(fd)
         scratch.unlink(missing_ok=True)
         raise
-    finally:
-        os.close(fd)
-    os.replace(scratch, path)
+    return fd, scratch
 
 
 def sync_directory(path: Path) -> None:
@@ -313,18 +325,39 @@ class Ledger:
             path.unlink(missing_ok=True)
 
     def _write(self, files: list[tuple[str, bytes]]) -> None:
+        """Put tiles in place, durably; many at a time, so that the disk's journal is written once
+        for all of them.
+        """
         touched: set[Path] = set()
-        for name, content in files:
-            path = self._directory / name
+        for start in range(0, len(files), _AT_ONCE):
+            scratches: list[tuple[int, Path, Path]] = []
+            try:
+                for name, content in files[start : start + _AT_ONCE]:
+                    path = self._directory / name
+                    self._make_parents(path, touched)
+                    scratches.append((*_scratch(path, content, 0o644), path))
+                for fd, _, _ in scratches:
+                    os.fdatasync(fd)
+                for _, scratch, path in scratches:
+                    os.replace(scratch, path)
+            except BaseException:
+                for _, scratch, _ in scratches:
+                    scratch.unlink(missing_ok=True)
+                raise
+            finally:
+                for fd, _, _ in scratches:
+                    os.close(fd)
+        for directory in sorted(touched):
+            sync_directory(directory)
+
+    def _make_parents(self, path: Path, touched: set[Path]) -> None:
+        if path.parent not in touched:
             for parent in reversed(path.relative_to(self._directory).parents):
                 directory = self._directory / parent
                 if not directory.is_dir():
                     directory.mkdir(mode=0o700)
                     touched.add(directory.parent)
-            write_file(path, content, mode=0o644)
             touched.add(path.parent)
-        for directory in sorted(touched):
-            sync_directory(directory)
 
 
 def _split(count: int) -> int:

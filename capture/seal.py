@@ -7,6 +7,7 @@ ahead passes over what it has.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import logging
 import os
@@ -29,6 +30,7 @@ MOST_LEAVES = 16384
 #: A checkpoint is begun at this part of the time that it may be late.
 MARGIN = 0.8
 RETRY_S = 1.0
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class Seal:
@@ -37,6 +39,7 @@ class Seal:
     def __init__(self, store: Store, keys: Keys, checkpoint_s: float = 5.0) -> None:
         """Open everything; EvidenceError when another seal runs or the ledger is not as signed."""
         store.prepare()
+        _keep_memory()
         self._lock = _lock(store)
         try:
             self._sealer = Sealer(store, checkpoint_s)
@@ -46,7 +49,7 @@ class Seal:
             raise
         self._store, self._keys = store, keys
         self._indexer = Indexer(self._index)
-        self._follower = Follower(store, keys, self._cursor)
+        self._follower = self._follow()
         self._due_s = checkpoint_s * MARGIN
         self._signed_at = time.monotonic() - self._due_s
         self._behind = False
@@ -88,7 +91,10 @@ class Seal:
         """Somebody made the index anew: give it what it has not, while the ledger goes on."""
         self._follower.close()
         self._indexer = Indexer(self._index)
-        self._follower = Follower(self._store, self._keys, self._cursor)
+        self._follower = self._follow()
+
+    def _follow(self) -> Follower:
+        return Follower(self._store, self._keys, self._cursor, digests=True)
 
     def _cursor(self, generation: int) -> Cursor:
         return min(self._sealer.cursor(generation), self._indexer.cursor(generation))
@@ -104,6 +110,18 @@ class Seal:
             self._signed_at = time.monotonic() - self._due_s + RETRY_S
         else:
             self._signed_at = time.monotonic()
+
+
+def _keep_memory() -> None:
+    """Let malloc keep the memory of large commits for the next ones.
+
+    By itself it gives every buffer of some megabytes back at once, and the kernel clears fresh
+    pages for the next one: that costs as much as everything else that the seal does in bulk.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, not every libc
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def _lock(store: Store) -> int:

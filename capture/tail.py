@@ -123,8 +123,11 @@ class SegmentReader:
             if commit.final:
                 return
 
-    def raw(self, commit: CommitInfo) -> bytes:
-        """Return the commit's whole block range as it lies on disk."""
+    def raw(self, commit: CommitInfo) -> bytes | memoryview:
+        """Return the commit's whole block range as it lies on disk; of an uncached read it is there
+        until the next one.
+        """
+        content: bytes | memoryview
         if self._uncached is not None:
             content = self._uncached.read(self._direct, commit.total_bytes, commit.offset)
         else:
@@ -133,7 +136,7 @@ class SegmentReader:
             raise FormatError(f"{self.path.name}: commit at {commit.offset} is cut off")
         return content
 
-    def open(self, raw: bytes, commit: CommitInfo) -> bytes:
+    def open(self, raw: bytes | memoryview, commit: CommitInfo) -> bytes:
         """Return the plaintext of a commit's block range; FormatError when it does not
         authenticate.
         """
@@ -155,6 +158,6 @@ class SegmentReader:
         """Return the frames of a commit."""
         return self.open(self.raw(commit), commit)
 
-    def digest(self, raw: bytes) -> bytes:
+    def digest(self, raw: bytes | memoryview) -> bytes:
         """Return the SHA-256 of a commit's block range: what the ledger commits to."""
         return hashlib.sha256(raw).digest()

@@ -11,7 +11,7 @@ from hashlib import sha256
 from struct import pack
 from typing import TYPE_CHECKING, Any
 
-from capture.frames import FIRST_RECORD, HEADER, HEADER_BYTES, SESSION_BITS
+from capture.frames import FIRST_RECORD, HEADER, HEADER_BYTES, SESSION_BITS, session_name
 from capture.merkle import Frontier
 from capture.records import KINDS, Gap, Operation
 
@@ -28,9 +28,12 @@ _GAP = KINDS[Gap]
 class Tally:
     """Counts and sub-root of one open session, up to the last whole commit."""
 
-    __slots__ = ("extents", "frames", "gaps", "opened_ns", "operations", "records", "sizes", "tree")
+    __slots__ = (
+        "extents", "frames", "gaps", "name", "opened_ns", "operations", "records", "sizes", "tree",
+    )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, session: int) -> None:
+        self.name = session_name(session)
         self.opened_ns = 0  #: time of its SessionOpen; 0 while that was not seen
         self.sizes = [0, 0, 0, 0]  #: payload of UP, DOWN, UP_OWN and DOWN_OWN frames
         self.frames = 0
@@ -56,9 +59,9 @@ class Tally:
         ]  # fmt: skip
 
     @classmethod
-    def load(cls, values: list[Any]) -> Tally:
+    def load(cls, session: int, values: list[Any]) -> Tally:
         """Return the tally that `save` gave."""
-        tally = cls()
+        tally = cls(session)
         tally.opened_ns = values[0]
         tally.sizes = values[1:5]
         tally.frames, tally.records, tally.operations, tally.gaps = values[5:9]
@@ -93,7 +96,7 @@ def read_commit(
         if session >> SESSION_BITS == incarnation:
             tally = tallies.get(session)
             if tally is None:
-                tally = tallies[session] = Tally()
+                tally = tallies[session] = Tally(session)
             extents = tally.extents
             if not extents:
                 touched.append(tally)

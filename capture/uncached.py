@@ -37,11 +37,11 @@ class Uncached:
         except OSError:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def read(self, fd: int, length: int, offset: int) -> bytes:
+    def read(self, fd: int, length: int, offset: int) -> memoryview:
         """Return `length` bytes at `offset`, fewer at the end of the file; both multiples of
-        4096.
+        4096. They are there until the next read.
         """
         if length > len(self._memory):
             self._allocate(length)
         count = os.preadv(fd, [self._view[:length]], offset)
-        return bytes(self._view[:count])
+        return self._view[:count]

@@ -2,6 +2,7 @@
 
 import struct
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -64,14 +65,17 @@ def test_what_is_written_is_given_once_and_in_order_while_it_is_written(place):
     assert not all_of(follower)
 
 
-def test_raw_is_what_lies_on_disk(place):
+def test_digests_are_those_of_what_lies_on_disk(place):
     writer = place.writer()
-    whole_session(writer)
+    for _ in range(40):
+        whole_session(writer, 500, 20_000)
     writer.close()
-    for followed in all_of(Follower(place.store, place.keys)):
+    for followed in all_of(Follower(place.store, place.keys, digests=True)):
         content = place.store.segment(followed.generation).read_bytes()
         commit = followed.commit
-        assert followed.raw == content[commit.offset : commit.offset + commit.total_bytes]
+        blocks = content[commit.offset : commit.offset + commit.total_bytes]
+        assert followed.digest == sha256(blocks).digest()
+    assert {f.digest for f in all_of(Follower(place.store, place.keys))} == {b""}
 
 
 def test_a_follower_goes_on_from_the_cursors_it_is_given(place):

@@ -249,7 +249,7 @@ def test_a_seal_that_is_behind_names_what_it_has_not_read(place):
         whole_session(writer, 1000, 30_000)
     writer.wait_durable()
     sealer = Sealer(place.store)
-    follower = Follower(place.store, place.keys, sealer.cursor)
+    follower = Follower(place.store, place.keys, sealer.cursor, digests=True)
     for followed in follower.step(1):
         sealer.take(followed)
     sealer.flush(follower.unread())
@@ -273,7 +273,7 @@ def test_ten_thousand_open_sessions_are_kept_in_little_memory(place):
 
     writer = place.writer()
     sealer = Sealer(place.store)
-    follower = Follower(place.store, place.keys, sealer.cursor)
+    follower = Follower(place.store, place.keys, sealer.cursor, digests=True)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     for _ in range(10_000):

@@ -384,7 +384,7 @@ def test_what_the_seal_saw_before_it_read_it_is_bound_by_its_hot_leaf():
             say(writer, session, 100, 9_000)
             writer.wait_durable()
         sealer = Sealer(place.store)
-        follower = Follower(place.store, place.keys, sealer.cursor)
+        follower = Follower(place.store, place.keys, sealer.cursor, digests=True)
         for followed in follower.step(1):
             sealer.take(followed)
         sealer.flush(follower.unread())
