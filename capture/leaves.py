@@ -154,7 +154,7 @@ class SessionClose:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """A person or program acted on a session (record Decision)."""
+    """A person or program acted (record Decision)."""
 
     action: str
     commit: int
