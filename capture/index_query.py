@@ -1,23 +1,20 @@
 """Questions to the index: sessions by filter, by name and by words; a session's extents and events.
 
 The command line and the reader ask; nothing is changed. Sessions come one by one, newest first, so
-that a listing of a million needs no memory.
-
-Words of a search stand in double quotes when they belong together, and end in "*" when they are a
-beginning; every one must be in the session. Letters and digits count, in either case and without
-accents; anything else only separates, so that `card_number` finds the column of that name.
+that a listing of a million needs no memory. What a search may look like: `capture.index_search`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from capture.frames import NAME_LETTERS, session_name, session_number
-from capture.index_schema import BOUNDARY, number, stored
+from capture.index_schema import number, stored
+from capture.index_search import expressions, newest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,10 +102,6 @@ class Event:
     fields: dict[str, Any]
 
 
-class NoWords(ValueError):
-    """There is no letter or digit to search for."""
-
-
 _SESSIONS = """
 SELECT s.id, s.started, coalesce(s.closed, e.time), s.closed IS NOT NULL, e.time IS NOT NULL,
     s.client, s.client_port, s.target, s.target_port, s.route, s.worker, s.account, s.assurance,
@@ -131,6 +124,12 @@ def sessions(index: Index, chosen: Filter) -> Iterator[Session]:
     nothing to search for.
     """
     tests, values = _tests(chosen)
+    if chosen.words and not chosen.oldest_first and chosen.state in (None, State.CLOSED):
+        found = _newest_found(index, chosen, tests, values)
+        return islice(found, chosen.limit) if chosen.limit else found
+    for expression in expressions(chosen.words) if chosen.words else ():
+        tests.append(_FOUND)
+        values.append(expression)
     where = f"WHERE {' AND '.join(tests)}" if tests else ""
     limit = chosen.limit or -1
     order = "s.started, s.id" if chosen.oldest_first else "s.started DESC, s.id DESC"
@@ -138,13 +137,18 @@ def sessions(index: Index, chosen: Filter) -> Iterator[Session]:
     return map(_session, rows)
 
 
-def count(index: Index, chosen: Filter) -> int:
-    """Return how many sessions are chosen, whatever the limit."""
-    tests, values = _tests(chosen)
-    where = f"WHERE {' AND '.join(tests)}" if tests else ""
-    query = f"SELECT count(*) FROM ({_SESSIONS} {where})"  # noqa: S608 - fixed texts, values are bound
-    found: int = index.db.execute(query, values).fetchone()[0]
-    return found
+def _newest_found(
+    index: Index, chosen: Filter, tests: list[str], values: list[Any]
+) -> Iterator[Session]:
+    """Yield what a search finds as it goes back in time, without collecting all of it."""
+    wanted = expressions(chosen.words)
+    if chosen.account is not None and any(map(str.isalnum, chosen.account)):
+        wanted += expressions('"' + chosen.account.replace('"', " ") + '"')
+    query = f"{_SESSIONS} WHERE {' AND '.join(['s.id = ?', *tests])}"
+    for rows in newest(index.db, wanted, max(chosen.since or 0, 0)):
+        found = (index.db.execute(query, (row, *values)).fetchone() for row in rows)
+        together = [_session(row) for row in found if row is not None]
+        yield from sorted(together, key=lambda s: (s.started, stored(s.number)), reverse=True)
 
 
 def session(index: Index, wanted: int) -> Session | None:
@@ -185,19 +189,6 @@ def events(index: Index, *kinds: int) -> Iterator[Event]:
     return (Event(row[0], row[1], number(row[2]), json.loads(row[3])) for row in rows)
 
 
-def expressions(words: str) -> list[str]:
-    """Return the FTS5 expressions for the words of a search; NoWords when there are none."""
-    found = []
-    for phrase, rest, word in re.findall(r'"([^"]*)"(\*?)|([^\s"]+)', words):
-        text = (phrase or word.rstrip("*")).replace(BOUNDARY, " ").replace("\0", " ")
-        if any(map(str.isalnum, text)):
-            begins = rest or word.endswith("*")
-            found.append(f'"{text}"' + (" *" if begins else ""))
-    if not found:
-        raise NoWords("there is no letter or digit to search for")
-    return found
-
-
 def endpoint(host: str | None, port: int | None) -> str:
     """Return "address:port", an IPv6 address in brackets; empty when there is none."""
     if host is None:
@@ -208,10 +199,6 @@ def endpoint(host: str | None, port: int | None) -> str:
 def _tests(chosen: Filter) -> tuple[list[str], list[Any]]:
     tests: list[str] = []
     values: list[Any] = []
-    if chosen.words:
-        for expression in expressions(chosen.words):
-            tests.append(_FOUND)
-            values.append(expression)
     if chosen.account is not None:
         tests.append("s.account = ?")
         values.append(chosen.account)

@@ -22,7 +22,8 @@ from appliance.cli.session_json import session_object
 from capture import index_query, plainjson
 from capture.exchange import exchanges
 from capture.export import ocsf, raw
-from capture.index_query import Filter, NoWords, State
+from capture.index_query import Filter, State
+from capture.index_search import NoWords, expressions
 from capture.moment import nanoseconds, rfc3339
 from capture.records import KINDS, Refused
 
@@ -118,7 +119,7 @@ def _check_words(words: argparse.Namespace) -> None:
         return
     words.query = words.query.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     try:
-        index_query.expressions(words.query)
+        expressions(words.query)
     except NoWords as wrong:
         raise Refusal(f"-q {printable(words.query)}: {wrong}", code=USAGE) from wrong
 
@@ -131,15 +132,15 @@ def _list(opened: Evidence, words: argparse.Namespace) -> int:
     limit = words.limit
     if limit is None:
         limit = 0 if words.json else TERMINAL_LIMIT
+    asked = limit + 1 if limit and not words.json else limit  # one more shows whether there are any
     state = None if words.state is None else State(words.state)
-    chosen = Filter(words.query or "", words.account, words.unknown, words.since, state, limit)
+    chosen = Filter(words.query or "", words.account, words.unknown, words.since, state, asked)
     with opened.index() as index:
         found = index_query.sessions(index, chosen)
         if words.json:
             _print_array(map(session_object, found))
         else:
-            _print_table(found)
-            _tell_rest(index, chosen)
+            _print_table(found, limit)
     return OK
 
 
@@ -152,10 +153,13 @@ def _print_array(objects: Iterable[dict[str, Any]]) -> None:
     print("\n]" if separator == "," else "[]")
 
 
-def _print_table(found: Iterator[Session]) -> None:
+def _print_table(found: Iterator[Session], limit: int) -> None:
     names = ("session", "started", "account", "process", "protocol", "target", "ops", "up", "down")
     print(_COLUMNS.format(*names, "state"))
-    for session in found:
+    for count, session in enumerate(found):
+        if limit and count == limit:
+            print(f"narrows: only the newest {limit}; --limit 0 shows all", file=sys.stderr)
+            break
         owner = session.owner or {}
         process = f"{owner.get('exe', '?')} [{owner.get('pid', '?')}]" if owner else "-"
         account = session.account or f"unknown ({session.unknown or '-'})"
@@ -164,14 +168,6 @@ def _print_table(found: Iterator[Session]) -> None:
         numbers = (session.operations, session.bytes_up, session.bytes_down)
         shown = map(printable, texts)
         print(_COLUMNS.format(session.name, started, *shown, *numbers, session.state.value))
-
-
-def _tell_rest(index: Index, chosen: Filter) -> None:
-    if chosen.limit:
-        total = index_query.count(index, chosen)
-        if total > chosen.limit:
-            hint = "--limit 0 shows all"
-            print(f"narrows: the newest {chosen.limit} of {total} ({hint})", file=sys.stderr)
 
 
 # -- show

@@ -143,7 +143,7 @@ def test_a_long_list_on_a_terminal_is_cut_and_says_so(narrows):
             gate.close(gate.open())
     answer = narrows("sessions", "list")
     assert len(answer.out.splitlines()) == 101
-    assert answer.err == "narrows: the newest 100 of 120 (--limit 0 shows all)\n"
+    assert answer.err == "narrows: only the newest 100; --limit 0 shows all\n"
     assert len(narrows("sessions", "list", "--json").json()) == 120
     assert len(narrows("sessions", "list", "--limit", "0").out.splitlines()) == 121
 
