@@ -514,8 +514,8 @@ HOSTILE = st.text(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(texts=st.lists(HOSTILE, min_size=1, max_size=5), asked=HOSTILE)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(texts=st.lists(HOSTILE, min_size=1, max_size=12), asked=HOSTILE)
 def test_no_text_breaks_the_search(tmp_path_factory, texts, asked):
     evidence = Evidence(tmp_path_factory.mktemp("hostile"))
     with evidence.writer() as gate:
