@@ -16,6 +16,7 @@ from sealed_evidence import (
 
 from capture.errors import EvidenceError
 from capture.frames import session_name
+from capture.index import Index
 
 
 @pytest.fixture
@@ -237,6 +238,62 @@ def test_a_disk_that_refuses_leaves_delays_them_and_loses_none(place):
         pass
     seal.close()
     assert len(leaves(place, "session_close")) == 1
+    assert_valid(place.verify())
+
+
+def indexed(place):
+    with Index.open(place.store.index, readonly=True) as index:
+        return index.db.execute("SELECT count(*) FROM session").fetchone()[0]
+
+
+def test_the_index_grows_with_the_ledger(place):
+    writer = place.writer()
+    seal = place.seal()
+    for number in range(1, 4):
+        whole_session(writer)
+        writer.wait_durable()
+        seal.step()
+        assert indexed(place) == number
+    writer.close()
+    seal.close()
+
+
+def test_an_index_that_is_made_anew_while_the_seal_runs_is_filled_again(place):
+    writer = place.writer()
+    seal = place.seal()
+    for _ in range(5):
+        whole_session(writer)
+    writer.wait_durable()
+    seal.step()
+    place.store.index.unlink()
+    whole_session(writer)
+    writer.wait_durable()
+    for _ in range(4):
+        seal.step()
+    assert indexed(place) == 6
+    writer.close()
+    while seal.step():
+        pass
+    seal.close()
+    assert len(leaves(place, "session_open")) == 6
+    assert_valid(place.verify())
+
+
+def test_an_index_that_cannot_be_opened_holds_nothing_up(place):
+    writer = place.writer()
+    whole_session(writer)
+    place.store.index.mkdir()  # no file can be there
+    seal = place.seal()
+    seal.step()
+    whole_session(writer)
+    writer.close()
+    while seal.step():
+        pass
+    seal.close()
+    assert len(leaves(place, "session_close")) == 2
+    place.store.index.rmdir()
+    place.sealed()
+    assert indexed(place) == 2
     assert_valid(place.verify())
 
 

@@ -1,9 +1,11 @@
 """What the verifier must find: every edit, cut, reorder, omission and rollback, named."""
 
+import base64
 import json
 import random
 import shutil
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from capture.segfile import BLOCK
 from capture.tail import SegmentReader
 from capture.verify import Level
 from capture.verify.canonical import dumps
+from capture.verify.tree import root_of
 
 FLIPS = 40
 
@@ -353,6 +356,27 @@ def test_a_segment_leaf_that_was_forged_is_found_without_the_key(place, name, va
     (place.state / "appliance.key").unlink()
     forge(place, set_field("segment", name, value))
     assert any(finding.segment is not None for finding in invalid(place))
+
+
+def test_a_changed_tag_breaks_the_chain_even_when_the_log_was_signed_anew_for_it(place):
+    (place.state / "appliance.key").unlink()
+    generation = place.store.generations()[0]
+    found = commits(place, generation)
+    path = place.store.segment(generation)
+    flip(path, found[1].offset + 64 + found[1].plain_bytes + 5)
+    content = path.read_bytes()
+    blocks = [content[c.offset : c.offset + c.total_bytes] for c in found]
+    root = root_of([sha256(block).digest() for block in blocks])
+
+    def change(leaves):
+        leaf = next(le for le in leaves if le.get("header") and le["generation"] == generation)
+        assert leaf["commits"] == len(found)
+        leaf["root"] = base64.b64encode(root).decode()
+
+    forge(place, change)
+    (finding,) = invalid(place)
+    assert (finding.segment, finding.offset) == (generation, found[2].offset)
+    assert "does not follow" in finding.reason
 
 
 def test_a_leaf_that_is_not_canonical_or_not_known_is_found(place):
