@@ -293,6 +293,7 @@ def shown(address: bytes) -> str:
 
 
 _HEAD = struct.Struct("<IB")
+_MESSAGES: Final = {int(kind): kind for kind in Message}
 _HANDLE = struct.Struct("<Q")
 #: Longest message; an owner record is bounded far below it.
 LONGEST: Final = 1 << 20
@@ -319,25 +320,43 @@ def handle_of(body: bytes) -> int:
     return number
 
 
+_PORTS = struct.Struct("<HH")
+_FOUR_TUPLE = slice(72, 108)
+
+
+def four_tuple(saddr: bytes, sport: int, daddr: bytes, dport: int) -> bytes:
+    """Return the ends of a connection as they lie in `struct connect_event`; packed addresses."""
+    return mapped(saddr) + mapped(daddr) + _PORTS.pack(sport, dport)
+
+
+def four_tuple_of(event: bytes) -> bytes:
+    """Return the ends of the connection in a CONNECT body; ValueError when it is no such body."""
+    if len(event) != CONNECT.size:
+        raise ValueError(f"connect event of {len(event)} bytes")
+    return event[_FOUR_TUPLE]
+
+
 class Messages:
     """Cuts a stream into (type, body); ValueError when the peer does not speak this protocol."""
 
     def __init__(self, longest: int = LONGEST) -> None:
-        self._data = bytearray()
+        self._rest = b""
         self._longest = longest
 
     def feed(self, data: bytes) -> list[tuple[Message, bytes]]:
         """Add what was received and return the messages that are whole now."""
-        self._data += data
+        if self._rest:
+            data = self._rest + data
         found: list[tuple[Message, bytes]] = []
-        at = 0
-        while len(self._data) - at >= _HEAD.size:
-            length, kind = _HEAD.unpack_from(self._data, at)
-            if not 1 <= length <= self._longest:
-                raise ValueError(f"message of {length} bytes")
-            if len(self._data) - at < 4 + length:
+        at, size = 0, len(data)
+        while size - at >= _HEAD.size:
+            length, kind = _HEAD.unpack_from(data, at)
+            if not 1 <= length <= self._longest or kind not in _MESSAGES:
+                raise ValueError(f"message of {length} bytes and type {kind}")
+            end = at + 4 + length
+            if end > size:
                 break
-            found.append((Message(kind), bytes(self._data[at + _HEAD.size : at + 4 + length])))
-            at += 4 + length
-        del self._data[:at]
+            found.append((_MESSAGES[kind], data[at + _HEAD.size : end]))
+            at = end
+        self._rest = data[at:]
         return found
