@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ebpf import events, procfs
-from ebpf.cgroup_names import classify
 from ebpf.events import Kind, Process, Record
 from ebpf.executables import Executables, Found, wall_ns
 from ebpf.owners import MOST_PARENTS, Owner, Owners, Parent
@@ -26,7 +25,7 @@ from ebpf.owners import MOST_PARENTS, Owner, Owners, Parent
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ebpf.cgroups import CgroupPaths
+    from ebpf.cgroups import Cgroups
     from ebpf.hashing import FileKey, Hasher
     from ebpf.loader import Programs
     from ebpf.opens import ExecOpens
@@ -50,7 +49,7 @@ class Census:
     def __init__(
         self,
         programs: Programs,
-        cgroups: CgroupPaths,
+        cgroups: Cgroups,
         opens: ExecOpens | None,
         hasher: Hasher,
         host: str,
@@ -70,14 +69,16 @@ class Census:
     def take(self, record: Record) -> None:
         """Find out what a record of the kernel means."""
         before = self._known(record.parent) if record.parent else None
-        if record.kind != Kind.EXEC and before is not None:
+        if record.kind == Kind.EXEC:
+            owner = self._executed(record, before)
+        elif before is not None:
             owner = self._moved(before, record)
         else:
-            owner = self._new(record, before)
+            owner = self._seen(record)
         if owner.exe_sha256:
             self._finish(owner)
-            return
-        self._admit(owner, self._files.find(record))
+        else:
+            self._admit(owner, self._files.find(record))
 
     def owner(self, handle: int) -> Owner | None:
         """Return what is published of a handle, or can be had at once; None while it is being
@@ -132,15 +133,9 @@ class Census:
 
     # -- making owners -----------------------------------------------------------------------------
 
-    def _new(self, record: Record, before: Owner | None) -> Owner:
-        """Return the owner of an exec, or of a process that was seen first when it connected."""
-        facts = None
-        if record.kind != Kind.EXEC:
-            facts = procfs.facts(record.tgid)
-            if facts is not None and self._runs(record.tgid, record.handle):
-                return self._of_facts(record.handle, facts, record.cgroup)
+    def _executed(self, record: Record, before: Owner | None) -> Owner:
         exe = events.text(record.path)
-        owner = Owner(
+        return Owner(
             handle=record.handle,
             host=self._host,
             pid=record.tgid,
@@ -151,14 +146,20 @@ class Census:
             uid=record.uid,
             gid=record.gid,
             comm=events.text(record.comm),
-            cgroup_id=record.cgroup,
+            place=self._cgroups.place(record.cgroup),
             parents=self._parents(record, before),
             how="exec" if exe else "none",
         )
-        return self._placed(owner)
+
+    def _seen(self, record: Record) -> Owner:
+        """Return the owner of a process that nobody knew before it connected."""
+        facts = procfs.facts(record.tgid)
+        if facts is not None and self._runs(record.tgid, record.handle):
+            return self._of_facts(record.handle, facts, record.cgroup)
+        return self._executed(record, None)
 
     def _of_facts(self, handle: int, facts: procfs.Facts, cgroup: int) -> Owner:
-        owner = Owner(
+        return Owner(
             handle=handle,
             host=self._host,
             pid=facts.pid,
@@ -169,23 +170,15 @@ class Census:
             uid=facts.uid,
             gid=facts.gid,
             comm=facts.comm,
-            cgroup_id=cgroup,
+            place=self._cgroups.place(cgroup),
             parents=tuple(Parent(pid, exe) for pid, exe in procfs.ancestors(facts.pid)),
             how="proc" if facts.exe else "none",
         )
-        return self._placed(owner)
 
     def _moved(self, before: Owner, record: Record) -> Owner:
         """Return the owner of a process that left its cgroup or changed its user."""
-        changed = replace(
-            before, handle=record.handle, uid=record.uid, gid=record.gid, cgroup_id=record.cgroup
-        )
-        return self._placed(changed)
-
-    def _placed(self, owner: Owner) -> Owner:
-        path = _shown(self._cgroups.path(owner.cgroup_id))
-        unit, container, runtime, pod = classify(path)
-        return replace(owner, cgroup=path, unit=unit, container=container, runtime=runtime, pod=pod)
+        place = self._cgroups.place(record.cgroup)
+        return replace(before, handle=record.handle, uid=record.uid, gid=record.gid, place=place)
 
     def _parents(self, record: Record, before: Owner | None) -> tuple[Parent, ...]:
         if before is not None:
@@ -201,14 +194,13 @@ class Census:
         if facts is None:
             return False
         identifier = self._cgroups.identifier(facts.cgroup)
-        self._cgroups.learn(identifier, facts.cgroup)
         handle = events.fallback(self._base, pid)
         started = facts.started_ns - time.time_ns() + time.monotonic_ns()
         process = Process(handle, max(started, 0), identifier, facts.uid, facts.parent)
         if not self._programs.add_process(pid, process):
             return False
         owner = self._of_facts(handle, facts, identifier)
-        if (owner.cgroup + "/").startswith(self._within):
+        if (owner.place.path + "/").startswith(self._within):
             self._admit(owner, self._files.running(pid))
         else:
             self.owners.put(owner)  # it may move in, or fork somebody who does
@@ -221,12 +213,13 @@ class Census:
         if found is None:
             self._finish(owner)
             return
-        owner = replace(owner, exe=found.path, how=found.how)
         digest = self._hasher.known(found.key)
         if digest is not None:
             os.close(found.fd)
-            self._finish(self._hashed(owner, found.key, digest))
+            sha = digest if self._files.unchanged(found.key, owner) else ""
+            self._finish(replace(owner, exe=found.path, how=found.how, exe_sha256=sha))
             return
+        owner = replace(owner, exe=found.path, how=found.how)
         self._pending[owner.handle] = _Pending(owner, found.key)
         self._due.append((time.monotonic_ns() + HASH_WAIT_NS, owner.handle))
         self._hasher.submit(
@@ -235,14 +228,11 @@ class Census:
 
     def _digested(self, handle: int, digest: str) -> None:
         pending = self._pending.pop(handle)
-        owner = self._hashed(pending.owner, pending.key, digest)
+        owner = pending.owner
+        if digest and self._files.unchanged(pending.key, owner):
+            owner = replace(owner, exe_sha256=digest)
         if not pending.published or owner.exe_sha256:
             self._finish(owner)
-
-    def _hashed(self, owner: Owner, key: FileKey, digest: str) -> Owner:
-        if digest and self._files.unchanged(key, owner):
-            return replace(owner, exe_sha256=digest)
-        return owner
 
     def _finish(self, owner: Owner) -> None:
         self.owners.put(owner)
@@ -261,7 +251,3 @@ class Census:
     def _runs(self, pid: int, handle: int) -> bool:
         process = self._programs.process(pid)
         return process is not None and process.handle == handle
-
-
-def _shown(path: str) -> str:
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""From a cgroup's id, which is what the kernel's records carry, to its path.
+"""From a cgroup's id, which is what the kernel's records carry, to its path and what that says.
 
 The id of a cgroup is the inode number of its directory, and is not given twice in one boot. A path
 is asked for once and kept. A cgroup that was removed before anyone asked has no path any more.
@@ -9,35 +9,42 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import NamedTuple
 
-from ebpf import syscalls
+from ebpf import procfs, syscalls
+from ebpf.cgroup_names import CgroupName, classify
 
 _MOST = 8192
 
 
-class CgroupPaths:
-    """Paths of cgroups below one mount of the hierarchy, from its root: "/a/b"."""
+class Place(NamedTuple):
+    """One cgroup."""
+
+    identifier: int
+    path: str  #: from the root of the hierarchy: "/a/b"; "" when it is gone
+    name: CgroupName  #: what the path says
+
+
+class Cgroups:
+    """The cgroups below one mount of the hierarchy."""
 
     def __init__(self, mount: Path) -> None:
         """OSError when `mount` cannot be opened."""
         self._mount = os.open(mount, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._root = str(mount.resolve()).rstrip("/")
-        self._paths: dict[int, str] = {}
+        self._places: dict[int, Place] = {}
 
-    def path(self, identifier: int) -> str:
-        """Return the path of a cgroup; "" when there is none with this id any more."""
-        found = self._paths.get(identifier)
+    def place(self, identifier: int) -> Place:
+        """Return a cgroup; its path is empty when there is none with this id any more."""
+        found = self._places.get(identifier)
         if found is None:
-            found = self._look_up(identifier)
-            if found:
-                self.learn(identifier, found)
+            path = self._look_up(identifier)
+            found = Place(identifier, path, classify(path))
+            if path:
+                if len(self._places) >= _MOST:
+                    del self._places[next(iter(self._places))]
+                self._places[identifier] = found
         return found
-
-    def learn(self, identifier: int, path: str) -> None:
-        """Keep what somebody else has found out."""
-        if len(self._paths) >= _MOST:
-            del self._paths[next(iter(self._paths))]
-        self._paths[identifier] = path
 
     def identifier(self, path: str) -> int:
         """Return the id of the cgroup at `path`; 0 when there is none."""
@@ -55,7 +62,7 @@ class CgroupPaths:
         except OSError:
             return ""
         try:
-            path = str(Path(f"/proc/self/fd/{fd}").readlink())
+            path = procfs.link(f"/proc/self/fd/{fd}")
         finally:
             os.close(fd)
         if not path.startswith(self._root) or path.endswith(" (deleted)"):

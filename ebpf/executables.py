@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ebpf import events, procfs
@@ -73,29 +72,32 @@ class Executables:
             return None
         found = None
         for fd in self._opens.take(record.tgid):
-            if found is None and is_file(fd, record.device, record.inode):
-                found = Found(_path(fd), "fanotify", fd, FileKey.of(fd))
+            key = None if found is not None else checked(fd, record.device, record.inode)
+            if key is not None:
+                found = Found(_path(fd), "fanotify", fd, key)
             else:
                 os.close(fd)
         return found
 
     def _running(self, record: Record) -> Found | None:
-        found = self.running(record.tgid)
-        if found is not None and not is_file(found.fd, record.device, record.inode):
-            os.close(found.fd)
+        fd = procfs.open_executable(record.tgid)
+        if fd is None:
             return None
-        return found
+        key = checked(fd, record.device, record.inode)
+        if key is not None:
+            return Found(_path(fd), "proc", fd, key)
+        os.close(fd)
+        return None
 
     def _named(self, record: Record) -> Found | None:
         known = self._paths.get((record.device, record.inode), "")
-        for path in filter(None, {known: 1, events.text(record.path): 1}):
+        for path in dict.fromkeys([known, events.text(record.path)]):
             if not path.startswith("/"):
                 continue
             with contextlib.suppress(OSError):
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-                key = FileKey.of(fd)
-                same = is_file(fd, record.device, record.inode)
-                if same and key.ctime_ns < wall_ns(record.ts) - GRAIN_NS:
+                key = checked(fd, record.device, record.inode)
+                if key is not None and key.ctime_ns < wall_ns(record.ts) - GRAIN_NS:
                     return Found(_path(fd), "path", fd, key)
                 os.close(fd)
         return None
@@ -106,29 +108,32 @@ def wall_ns(monotonic_ns: int) -> int:
     return monotonic_ns + time.time_ns() - time.monotonic_ns()
 
 
-def is_file(fd: int, device: int, inode: int) -> bool:
-    """Say whether an open file is the one that the kernel calls (`device`, `inode`).
+def checked(fd: int, device: int, inode: int) -> FileKey | None:
+    """Return the key of an open file if it is the one that the kernel calls (`device`, `inode`).
 
     stat tells other numbers on file systems that are made of several (btrfs subvolumes, overlays of
-    several file systems); then the kernel's own stand in fdinfo and mountinfo.
+    several file systems; the device's major number is 0 there). Then the kernel's own stand in
+    fdinfo and mountinfo.
     """
-    if not inode:
-        return False
     s = os.fstat(fd)
-    if s.st_ino == inode and _kernel_device(os.major(s.st_dev), os.minor(s.st_dev)) == device:
-        return True
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    major = os.major(s.st_dev)
+    if s.st_ino == inode and _kernel_device(major, os.minor(s.st_dev)) == device:
+        return FileKey.said(s)
+    if inode and not major and _told_by_kernel(fd) == (device, inode):
+        return FileKey.said(s)
+    return None
+
+
+def _told_by_kernel(fd: int) -> tuple[int, int]:
+    """Return device and inode as the kernel has them; zeros when it does not say."""
+    try:
         with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
             info = dict(line.split(":\t", 1) for line in file if ":\t" in line)
-        if int(info["ino"]) != inode:
-            return False
-        number = int(info["mnt_id"])
-        return any(
-            _kernel_device(*mount.device) == device
-            for mount in procfs.mounts()
-            if mount.number == number
-        )
-    return False
+        inode, number = int(info["ino"]), int(info["mnt_id"])
+    except (OSError, ValueError, KeyError):
+        return 0, 0
+    devices = [mount.device for mount in procfs.mounts() if mount.number == number]
+    return (_kernel_device(*devices[0]), inode) if devices else (0, 0)
 
 
 def _kernel_device(major: int, minor: int) -> int:
@@ -136,5 +141,4 @@ def _kernel_device(major: int, minor: int) -> int:
 
 
 def _path(fd: int) -> str:
-    name = os.fsencode(Path(f"/proc/self/fd/{fd}").readlink())
-    return name.decode("utf-8", "backslashreplace")
+    return procfs.link(f"/proc/self/fd/{fd}")

@@ -43,7 +43,11 @@ class FileKey(NamedTuple):
     @classmethod
     def of(cls, fd: int) -> FileKey:
         """Return the key of an open file as it is now."""
-        s = os.fstat(fd)
+        return cls.said(os.fstat(fd))
+
+    @classmethod
+    def said(cls, s: os.stat_result) -> FileKey:
+        """Return the key that an answer of stat means."""
         return cls(s.st_dev, s.st_ino, s.st_mtime_ns, s.st_ctime_ns, s.st_size)
 
 

@@ -10,9 +10,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ebpf.cgroups import Place
 
 MOST_PARENTS = 8
+
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +42,39 @@ class Owner:
     uid: int  #: real user id at the exec, or at the first connect as another user
     gid: int
     comm: str
-    cgroup_id: int
+    place: Place
     parents: tuple[Parent, ...]  #: nearest first, 8 at most
     #: where exe comes from: "fanotify" (the file that was opened to be executed), "proc" (of the
     #: running process), "path" (the path leads to that very file), "exec" (the text that execve was
     #: given, not resolved), "none"
     how: str
     exe_sha256: str = ""
-    cgroup: str = ""  #: path from the root of the hierarchy
-    unit: str = ""
-    container: str = ""
-    runtime: str = ""
-    pod: str = ""
 
     def encoded(self) -> bytes:
         """Return the JSON of an OWNER message."""
-        fields: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
-        fields["handle"] = f"{self.handle:016x}"
-        fields["parents"] = [{"pid": parent.pid, "exe": parent.exe} for parent in self.parents]
-        return json.dumps(fields, separators=(",", ":")).encode()
+        place = self.place
+        fields = {
+            "handle": f"{self.handle:016x}",
+            "host": self.host,
+            "pid": self.pid,
+            "started_ns": self.started_ns,
+            "exe": self.exe,
+            "exe_sha256": self.exe_sha256,
+            "how": self.how,
+            "argv": self.argv,
+            "argv_cut": self.argv_cut,
+            "uid": self.uid,
+            "gid": self.gid,
+            "comm": self.comm,
+            "cgroup": place.path,
+            "cgroup_id": place.identifier,
+            "unit": place.name.unit,
+            "container": place.name.container,
+            "runtime": place.name.runtime,
+            "pod": place.name.pod,
+            "parents": [{"pid": parent.pid, "exe": parent.exe} for parent in self.parents],
+        }
+        return _encode(fields).encode()
 
     def lineage(self) -> tuple[Parent, ...]:
         """Return the parents of a process that this one forks."""

@@ -68,10 +68,15 @@ def facts(pid: int) -> Facts | None:
 def executable(pid: int) -> str:
     """Return the path of what a process runs, as it is seen from its own root; "" without one."""
     try:
-        path = os.fsencode(Path(f"/proc/{pid}/exe").readlink())
+        return link(f"/proc/{pid}/exe")
     except OSError:
         return ""
-    return path.decode("utf-8", "backslashreplace")
+
+
+def link(path: str) -> str:
+    """Return where a link of /proc leads, as text; OSError when it is gone."""
+    target = os.readlink(os.fsencode(path))  # noqa: PTH115 - once an exec; pathlib takes 5 times as long
+    return target.decode("utf-8", "backslashreplace")
 
 
 def open_executable(pid: int) -> int | None:

@@ -18,6 +18,7 @@ is hooked, what it costs, and where it may be wrong.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ebpf import events, procfs
 from ebpf.census import Census
-from ebpf.cgroups import CgroupPaths
+from ebpf.cgroups import Cgroups
 from ebpf.events import Message, Record, Settings
 from ebpf.hashing import Hasher
 from ebpf.host import AlreadyRunning, Host, StartLock, this_host
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("narrows.sensor")
 
 FAILED, UNAVAILABLE = 1, 69
+BATCH = 32  # records that are taken before owners are sent on
 COUNT_S = 0.05  # how soon losses are looked for after something happened
 _CONNECT_HEAD = events.message(Message.CONNECT, bytes(events.CONNECT.size))[:5]
 _WHO = struct.Struct("<Q")
@@ -79,11 +81,15 @@ class SensorSettings:
     skipped: tuple[Path, ...] = ()  #: cgroups that are never noted
     give_up: int = 1  #: SYN retry from which on the option is left away
     queue_bytes: int = QUEUE_BYTES  #: what one slow gate may owe us
+    realtime: bool = True  #: go before ordinary processes: every new session waits for the sensor
 
 
 def run(settings: SensorSettings) -> int:
     """Run until SIGTERM or SIGINT; return the exit code: 69 when this machine lacks something."""
     _all_descriptors()
+    gc.set_threshold(100_000, 50, 1000)  # owners are many, and nothing here makes cycles
+    if settings.realtime:
+        _go_first()
     try:
         sensor = Sensor(settings)
     except (LoadError, AlreadyRunning, OSError) as wrong:
@@ -118,7 +124,7 @@ class Sensor:
         self._records = self._own(self._programs.ring("record_ring"))
         self._connects = self._own(self._programs.ring("connect_ring"))
         mount = procfs.cgroup_mount()
-        self._cgroups = self._own(CgroupPaths(mount))
+        self._cgroups = self._own(Cgroups(mount))
         self._opens = _exec_opens()
         if self._opens is not None:
             self._own(self._opens)
@@ -221,7 +227,10 @@ class Sensor:
         connects, records = self._connects.produced(), self._records.produced()
         if self._opens is not None:
             self._opens.drain()
-        taken = self._records.drain(self._record, until=records)
+        taken = 0
+        while count := self._records.drain(self._record, until=records, most=BATCH):
+            taken += count
+            self._flush()
         taken += self._connects.drain(self._connect, until=connects)
         self._flush()
         if taken and not self._count_at:
@@ -295,6 +304,19 @@ def _exec_opens() -> ExecOpens | None:
     except OSError as wrong:
         log.warning("no fanotify (%s): digests only of processes that still run", wrong)
         return None
+
+
+def _go_first() -> None:
+    """Run before ordinary processes, or at least with more weight; the hashing thread does not.
+
+    It cannot take a processor away for long: what it has to do was caused by an ordinary process
+    that took several times longer (docs/sensor.md, OVERHEAD).
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, -10)
 
 
 def _all_descriptors() -> None:
