@@ -40,6 +40,9 @@ class Hosts:
     def up(self):
         """Make the hosts, and wait until IPv6 works: a new link takes about a second for it."""
         topology.up(self._topology)
+        for path in ("ipv4/icmp_ratelimit", "ipv6/icmp/ratelimit"):
+            for role in topology.ROLES:
+                self.sysctl(role, path, "0")
         until = time.monotonic() + 10
         while self.connect(SERVER6, 9) != "refused":
             assert time.monotonic() < until, "IPv6 does not work between the hosts"
@@ -265,10 +268,11 @@ class Capture:
         """Return packets for which `keep` holds, as soon as there are `most` of them."""
         found = []
         until = time.monotonic() + wait_s
-        while len(found) < most and (left := until - time.monotonic()) > 0:
-            if select.select([self._socket], [], [], left)[0]:
-                packet = self._socket.recv(65535)
-                found += [packet] if keep(packet) else []
+        while len(found) < most:
+            if not select.select([self._socket], [], [], max(until - time.monotonic(), 0))[0]:
+                break
+            packet = self._socket.recv(65535)
+            found += [packet] if keep(packet) else []
         return found
 
 
@@ -318,6 +322,12 @@ def inject(hosts, role, target, packet):
         if six:
             sock.setsockopt(socket.IPPROTO_IPV6, 36, 1)  # IPV6_HDRINCL
         sock.sendto(packet, (target, 0))
+
+
+def is_segment(packet, port):
+    """Say whether a packet is TCP to a port."""
+    start, protocol = (20, packet[9]) if packet[0] >> 4 == 4 else (40, packet[6])
+    return protocol == 6 and packet[start + 2 : start + 4] == struct.pack(">H", port)
 
 
 def tcp_options(packet):

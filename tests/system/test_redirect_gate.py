@@ -19,6 +19,7 @@ from appliance.lab.topology import (
     CLIENT4,
     CLIENT6,
     GATE_CLIENT4,
+    GATE_SERVER4,
     GATE_SERVER6,
     SERVER4,
     SERVER6,
@@ -57,6 +58,10 @@ name = "datagrams"
 protocol = "udp"
 ports = [5000]
 action = "allow"
+[[route]]
+name = "own"
+ports = [81]
+source = "gate"
 [[route]]
 name = "few"
 ports = [8443]
@@ -107,7 +112,7 @@ def hosts(tmp_path_factory):
     made = Hosts(tmp_path_factory.mktemp("redirect"))
     try:
         made.up()
-        with Server(made, 80, 8443, udp=[5000]):
+        with Server(made, 80, 81, 8443, udp=[5000]):
             yield made
     finally:
         made.down()
@@ -134,17 +139,21 @@ def test_the_gate_starts_and_stops_without_any_redirect(gate):
     assert gate.records(Gap) == []
 
 
-def test_a_session_passes_the_gate_with_the_clients_own_address(gate, hosts):
+def test_a_session_passes_the_gate_with_the_address_that_its_route_says(gate, hosts):
     assert gate.narrows("apply").returncode == OK
     gate.start()
     for address in (SERVER4, SERVER6):
         client = CLIENT6 if ":" in address else CLIENT4
         assert hosts.connect(address, 80, wait_s=5) == f"server {client}"
+        gates = GATE_SERVER6 if ":" in address else GATE_SERVER4
+        assert hosts.connect(address, 81, wait_s=5) == f"server {gates}"
     gate.stop()
     opened = [fields for _, fields in gate.records(SessionOpen)]
-    assert {(o["client"], o["target"], o["target_port"]) for o in opened} == {
-        (CLIENT4, SERVER4, 80),
-        (CLIENT6, SERVER6, 80),
+    assert {(o["client"], o["target"], o["target_port"], o["source"]) for o in opened} == {
+        (CLIENT4, SERVER4, 80, "client"),
+        (CLIENT4, SERVER4, 81, "gate"),
+        (CLIENT6, SERVER6, 80, "client"),
+        (CLIENT6, SERVER6, 81, "gate"),
     }
 
 

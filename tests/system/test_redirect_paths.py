@@ -20,6 +20,7 @@ from redirect_hosts import (
     family,
     inject,
     ip_packet,
+    is_segment,
     name,
     tcp_options,
     tcp_segment,
@@ -147,12 +148,14 @@ def test_what_the_bypass_list_names_is_routed_and_nothing_else(hosts):
 @pytest.mark.parametrize(("client", "address"), [(CLIENT4, GATE_SERVER4), (CLIENT6, GATE_SERVER6)])
 def test_a_session_can_never_be_one_with_the_gate_itself(hosts, client, address):
     hosts.apply()
+    before = hosts.counts()["spoofed"]
     with Server(hosts, 8443, addresses=[address], role="gate") as api:
         with hosts.gate(dial, (address, 8443), client) as sock:
             sock.settimeout(LOST_S)
             with pytest.raises(TimeoutError):
                 sock.recv(1)
         assert not api.seen
+        assert hosts.counts()["spoofed"] > before
         assert hosts.connect(address, 8443, role="gate") == f"server {address}"
 
 
@@ -295,12 +298,6 @@ def test_broadcast_anycast_and_multicast_reach_no_service_of_the_gate(hosts, tar
             sock.sendto(b"hello", (target, 9999))
         wait_for(lambda: hosts.counts()["dropped"] > dropped)
         assert not service.seen
-
-
-def is_segment(packet, port):
-    """Say whether a packet is TCP to a port."""
-    start, protocol = (20, packet[9]) if packet[0] >> 4 == 4 else (40, packet[6])
-    return protocol == 6 and packet[start + 2 : start + 4] == struct.pack(">H", port)
 
 
 def whole(packet):
