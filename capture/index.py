@@ -38,6 +38,7 @@ log = logging.getLogger("narrows.index")
 
 BUSY_S = 1.0  #: how long a writer waits for another one; the seal must go on
 RETRY_S = 1.0
+LOOK_S = 1.0
 FULL_ROWS = 4_000  #: a batch of so many rows is written at once
 MOST_ROWS = 40_000  #: kept in memory while the index cannot be written
 
@@ -197,9 +198,10 @@ class Indexer:
         self._batch: list[Delta] = []
         self._rows = 0
         self._cursors = index.cursors()
-        self._retry_at = 0.0
+        self._retry_at = self._look_at = 0.0
         self.failed = ""  #: why the index could not be written, or empty
-        #: a commit was left out: `capture.index_fill.fill` brings the index up to date
+        #: a commit was left out: `capture.index_fill.fill` brings the index up to date, and then
+        #: this indexer goes on by itself
         self.behind = False
 
     def cursor(self, generation: int) -> Cursor:
@@ -208,16 +210,19 @@ class Indexer:
 
     def take(self, followed: Followed) -> None:
         """Add a commit to the batch; a full batch is written."""
-        expected = self.cursor(followed.generation).number
-        if followed.commit.number != expected:
-            self.behind = self.behind or followed.commit.number > expected
+        generation, number = followed.generation, followed.commit.number
+        if number > self.cursor(generation).number and not self._batch:
+            self._look_again()
+        expected = self.cursor(generation).number
+        if number != expected:
+            self.behind = self.behind or number > expected
             return
         delta = Delta(followed)
         if delta.unreadable:
             log.warning("%d records of segment %08x, commit %d, are not understood",
-                        delta.unreadable, delta.generation, delta.number)  # fmt: skip
+                        delta.unreadable, generation, number)  # fmt: skip
         self._batch.append(delta)
-        self._cursors[delta.generation] = delta.next
+        self._cursors[generation] = delta.next
         self._rows += delta.rows
         if self._rows >= FULL_ROWS and time.monotonic() >= self._retry_at:
             self.flush()
@@ -261,5 +266,13 @@ class Indexer:
         self._batch.clear()
         self._rows = 0
         self.behind = True
-        with contextlib.suppress(sqlite3.Error):
-            self._cursors = self._index.cursors()
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """A commit was left out: see whether somebody has brought the index up to date since."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            with contextlib.suppress(sqlite3.Error, IndexUnusable):
+                self._index.follow_path()
+                self._cursors = self._index.cursors()

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from capture.index import Index
 
 
+PAGE = 1_000  #: sessions that are read from the database at once
+
+
 class State(Enum):
     """What became of a session."""
 
@@ -73,6 +76,7 @@ class Filter:
     account: str | None = None
     unattributed: bool = False  #: only those without an account
     since: int | None = None  #: started then or later
+    until: int | None = None  #: started before
     state: State | None = None
     limit: int = 0  #: 0 for all
     oldest_first: bool = False
@@ -123,24 +127,39 @@ def sessions(index: Index, chosen: Filter) -> Iterator[Session]:
     """Yield the chosen sessions, the newest first unless told otherwise. NoWords when there is
     nothing to search for.
     """
-    tests, values = _tests(chosen)
     if chosen.words and not chosen.oldest_first and chosen.state in (None, State.CLOSED):
-        found = _newest_found(index, chosen, tests, values)
-        return islice(found, chosen.limit) if chosen.limit else found
+        found = _newest_found(index, chosen)
+    else:
+        found = _listed(index, chosen)
+    return islice(found, chosen.limit) if chosen.limit else found
+
+
+def _listed(index: Index, chosen: Filter) -> Iterator[Session]:
+    """Yield in pages, so that a slow reader of the list does not hold the database."""
+    tests, values = _tests(chosen)
     for expression in expressions(chosen.words) if chosen.words else ():
         tests.append(_FOUND)
         values.append(expression)
-    where = f"WHERE {' AND '.join(tests)}" if tests else ""
-    limit = chosen.limit or -1
-    order = "s.started, s.id" if chosen.oldest_first else "s.started DESC, s.id DESC"
-    rows = index.db.execute(f"{_SESSIONS} {where} ORDER BY {order} LIMIT ?", (*values, limit))
-    return map(_session, rows)
+    order, after = ("ASC", ">") if chosen.oldest_first else ("DESC", "<")
+    more: list[str] = []
+    place: tuple[int, ...] = ()
+    size = min(chosen.limit, PAGE) if chosen.limit else PAGE
+    while True:
+        where = f"WHERE {' AND '.join([*more, *tests])}" if more or tests else ""
+        page = index.db.execute(
+            f"{_SESSIONS} {where} ORDER BY s.started {order}, s.id {order} LIMIT ?",
+            (*place, *values, size),
+        ).fetchall()
+        yield from map(_session, page)
+        if len(page) < size:
+            return
+        place = (page[-1][1], page[-1][0])
+        more = [f"(s.started, s.id) {after} (?, ?)"]
 
 
-def _newest_found(
-    index: Index, chosen: Filter, tests: list[str], values: list[Any]
-) -> Iterator[Session]:
+def _newest_found(index: Index, chosen: Filter) -> Iterator[Session]:
     """Yield what a search finds as it goes back in time, without collecting all of it."""
+    tests, values = _tests(chosen)
     wanted = expressions(chosen.words)
     if chosen.account is not None and any(map(str.isalnum, chosen.account)):
         wanted += expressions('"' + chosen.account.replace('"', " ") + '"')
@@ -207,6 +226,9 @@ def _tests(chosen: Filter) -> tuple[list[str], list[Any]]:
     if chosen.since is not None:
         tests.append("s.started >= ?")
         values.append(chosen.since)
+    if chosen.until is not None:
+        tests.append("s.started < ?")
+        values.append(chosen.until)
     if chosen.state is not None:
         tests.append(_STATES[chosen.state])
     return tests, values

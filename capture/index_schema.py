@@ -9,7 +9,7 @@ which the extents point into.
 from __future__ import annotations
 
 #: Written into the file; an index of another version is thrown away and filled anew.
-VERSION = 1
+VERSION = 2
 
 PRAGMAS = """
 PRAGMA journal_mode = WAL;

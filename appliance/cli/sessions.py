@@ -48,9 +48,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     listed.add_argument("--account", metavar="NAME", help="of this service account")
     listed.add_argument("--unknown", action="store_true", help="without a service account")
     listed.add_argument(
-        "--since", metavar="TIME", type=_since,
+        "--since", metavar="TIME", type=_time,
         help="started at or after a time (2026-11-22T03:00:00Z) or so long ago (30m, 2h, 7d)",
     )  # fmt: skip
+    listed.add_argument(
+        "--until", metavar="TIME", type=_time, help="started before a time, likewise"
+    )
     listed.add_argument("--state", choices=[state.value for state in State])
     listed.add_argument(
         "--limit", type=_count, metavar="N",
@@ -93,7 +96,7 @@ def run(words: argparse.Namespace) -> int:
         return verbs[words.verb](opened, words)
 
 
-def _since(text: str) -> int:
+def _time(text: str) -> int:
     ago = re.fullmatch(r"(\d{1,9})([smhd])", text)
     if ago:
         return time.time_ns() - int(ago[1]) * _UNITS[ago[2]] * 1_000_000_000
@@ -134,7 +137,9 @@ def _list(opened: Evidence, words: argparse.Namespace) -> int:
         limit = 0 if words.json else TERMINAL_LIMIT
     asked = limit + 1 if limit and not words.json else limit  # one more shows whether there are any
     state = None if words.state is None else State(words.state)
-    chosen = Filter(words.query or "", words.account, words.unknown, words.since, state, asked)
+    chosen = Filter(
+        words.query or "", words.account, words.unknown, words.since, words.until, state, asked
+    )
     with opened.index() as index:
         found = index_query.sessions(index, chosen)
         if words.json:
@@ -236,7 +241,8 @@ def _export(opened: Evidence, words: argparse.Namespace) -> int:
     with opened.index() as index:
         reader = opened.reader(index)
         if words.all:
-            for batch in _batches(index_query.sessions(index, Filter(oldest_first=True))):
+            everything = Filter(until=time.time_ns(), oldest_first=True)
+            for batch in _batches(index_query.sessions(index, everything)):
                 opened.record("export", batch)
                 _write(reader, batch, words.format, folder)
             if words.format == "ndjson":

@@ -7,6 +7,7 @@ from review_evidence import Evidence
 from capture import index_query as query
 from capture import index_rows
 from capture.index_query import Filter, State
+from capture.index_schema import first_text
 from capture.index_search import NoWords, expressions
 from capture.records import Operation
 
@@ -66,7 +67,8 @@ def check(index, everything, told, asked, chance):
     middle = everything[len(everything) // 2].started
     for filters in (
         {}, {"account": "one"}, {"since": middle}, {"limit": 3}, {"state": State.CLOSED},
-        {"state": State.RUNNING}, {"oldest_first": True}, {"account": "two", "since": middle},
+        {"state": State.RUNNING}, {"oldest_first": True}, {"until": middle},
+        {"account": "two", "since": middle},
     ):  # fmt: skip
         shuffled = list(asked)
         chance.shuffle(shuffled)
@@ -76,11 +78,29 @@ def check(index, everything, told, asked, chance):
             for session in everything[:: -1 if "oldest_first" in filters else 1]
             if told[session.number][1].issuperset(asked)
             and session.account == filters.get("account", session.account)
-            and session.started >= filters.get("since", 0)
+            and filters.get("since", 0) <= session.started < filters.get("until", 1 << 63)
             and session.state == filters.get("state", session.state)
         ]
         limit = filters.get("limit", len(wanted))
         assert [session.number for session in found] == wanted[:limit], (asked, filters)
+
+
+def test_lists_longer_than_a_page_are_whole_and_in_order(evidence, monkeypatch):
+    monkeypatch.setattr(query, "PAGE", 7)
+    with evidence.writer() as gate:
+        numbers = [gate.open("one") for _ in range(50)]
+        gate.commit()
+        with evidence.index() as index:
+            same = index.db.execute("SELECT max(started) FROM session").fetchone()[0]
+            index.db.execute("UPDATE session SET started = ? WHERE id % 3 = 0", (same,))
+            for filters in ({}, {"account": "one"}, {"state": State.RUNNING}):
+                newest = [s.number for s in query.sessions(index, Filter(**filters))]
+                oldest = query.sessions(index, Filter(**filters, oldest_first=True))
+                assert [s.number for s in oldest] == newest[::-1]
+                assert sorted(newest) == numbers
+                for limit in (1, 6, 7, 8, 20):
+                    some = query.sessions(index, Filter(**filters, limit=limit))
+                    assert [s.number for s in some] == newest[:limit]
 
 
 def test_a_session_with_words_in_many_pieces_is_found_once(evidence):
@@ -116,6 +136,22 @@ def test_more_texts_than_a_millisecond_has_numbers_for_go_on_in_the_next(evidenc
             for op in range(1, 15):
                 found = query.sessions(index, Filter(f"word{op} select"))
                 assert [each.number for each in found] == [session]
+
+
+def test_a_session_whose_texts_went_on_in_the_next_millisecond_is_found_once(evidence, monkeypatch):
+    moments = itertools.count()
+    monkeypatch.setattr(
+        index_rows, "first_text", lambda started: first_text(started + next(moments) * 10**6)
+    )
+    with evidence.writer() as gate:
+        session = gate.open()
+        for op in range(1, 6):
+            gate.select(session, op, "select common")
+            gate.commit()
+            with evidence.index():
+                pass
+        with evidence.index() as index:
+            assert len(list(query.sessions(index, Filter("common")))) == 1
 
 
 def test_a_search_reads_no_more_than_is_asked_for(evidence):

@@ -123,6 +123,9 @@ def test_a_list_with_nothing_in_it_is_an_empty_array(narrows):
         (["--limit", "0"], [2, 1, 0]),
         (["--since", "1h"], [2, 1, 0]),
         (["--since", "2099-01-01T00:00:00Z"], []),
+        (["--until", "2099-01-01T00:00:00+02:00"], [2, 1, 0]),
+        (["--until", "1h"], []),
+        (["-q", "card_number", "--until", "1h"], []),
         (["-q", "card_number", "--account", "backup"], []),
     ],
 )
@@ -135,6 +138,8 @@ def test_since_takes_the_very_time_that_a_list_shows(narrows, story):
     started = narrows("sessions", "list", "--json").json()[1]["started"]
     found = narrows("sessions", "list", "--json", "--since", started).json()
     assert len(found) == 2
+    found = narrows("sessions", "list", "--json", "--until", started).json()
+    assert len(found) == 1
 
 
 def test_a_long_list_on_a_terminal_is_cut_and_says_so(narrows):
