@@ -188,6 +188,7 @@ class _Bytes:
         self._segment, self._sealed, self._history = segment, sealed, history
         self._content, self._report = content, report
         self._tag: bytes | None = bytes(16)
+        self._tags: dict[int, tuple[int, bytes]] = {}  #: number -> (end, tag), for hot leaves
 
     def run(self) -> None:
         """Compare header, sealed commits, hot commits, and what follows them."""
@@ -235,6 +236,8 @@ class _Bytes:
             self._report.commits += 1
             self._report.size_bytes += commit.size
             self._tag, offset, base = commit.tag(raw), commit.end, commit.base + commit.plain
+            if self._sealed.hot:
+                self._tags[number] = offset, self._tag
         if tree.root() != run.root:
             last = run.first + run.commits - 1
             self._invalid(f"commits {run.first} to {last} are not as sealed", run.offset, run.leaf)
@@ -245,16 +248,17 @@ class _Bytes:
         """Compare the tags that were signed before the seal had read the commits."""
         digest, offset = sha256(), hot.offset
         for number in range(hot.first, hot.first + hot.commits):
-            commit = self._segment.commit(offset)
-            if commit is None or commit.number != number:
-                self._invalid(f"commit {number} was there and is missing", offset, hot.leaf)
-                return
-            digest.update(commit.tag(self._segment.raw(commit)))
-            offset = commit.end
+            if number not in self._tags:
+                commit = self._segment.commit(offset)
+                if commit is None or commit.number != number:
+                    self._invalid(f"commit {number} was there and is missing", offset, hot.leaf)
+                    return
+                self._tags[number] = commit.end, commit.tag(self._segment.raw(commit))
+            offset, tag = self._tags[number]
+            digest.update(tag)
         if digest.digest() != hot.tags:
-            self._invalid(
-                "commits are not as they were when the seal saw them", hot.offset, hot.leaf
-            )
+            reason = "commits are not as they were when the seal saw them"
+            self._invalid(reason, hot.offset, hot.leaf)
 
     def _rest(self, last: Run) -> None:
         """Look at what follows the last sealed commit of a living segment."""

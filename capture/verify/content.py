@@ -140,7 +140,7 @@ class Content:
         self._box = AESGCM(data_key)
         self._report.opened = True
 
-    def opens(self, commit: Commit, raw: bytes) -> bytes | None:
+    def opens(self, commit: Commit, raw: memoryview) -> bytes | None:
         """Return a commit's plaintext; None when it does not authenticate or cannot be opened."""
         if self._box is None:
             return None
@@ -150,7 +150,7 @@ class Content:
         except InvalidTag:
             return None
 
-    def take(self, commit: Commit, raw: bytes) -> None:
+    def take(self, commit: Commit, raw: memoryview) -> None:
         """Compare the next sealed commit with its leaves."""
         if self._box is None:
             return

@@ -43,10 +43,10 @@ class Commit:
         """Return the offset after the block range."""
         return self.offset + self.size
 
-    def tag(self, raw: bytes) -> bytes:
+    def tag(self, raw: memoryview) -> bytes:
         """Return the GCM tag in the commit's block range."""
         start = _COMMIT.size + self.plain
-        return raw[start : start + TAG]
+        return bytes(raw[start : start + TAG])
 
 
 class Segment:
@@ -54,6 +54,7 @@ class Segment:
 
     def __init__(self, path: Path) -> None:
         """Open the file and check its header; OSError, or SegmentError."""
+        self._memory = memoryview(b"")
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self.block = os.pread(self._fd, BLOCK, 0)
@@ -126,11 +127,17 @@ class Segment:
             if commit.final:
                 return
 
-    def raw(self, commit: Commit) -> bytes:
-        """Return the commit's block range; shorter when the file was cut meanwhile."""
-        return os.pread(self._fd, commit.size, commit.offset)
+    def raw(self, commit: Commit) -> memoryview:
+        """Return the commit's block range; shorter when the file was cut meanwhile.
 
-    def sealed_box(self, raw: bytes, commit: Commit) -> tuple[bytes, bytes, bytes]:
+        It is there until the next call: fresh memory for each costs more than reading.
+        """
+        if commit.size > len(self._memory):
+            self._memory = memoryview(bytearray(commit.size))
+        count = os.preadv(self._fd, [self._memory[: commit.size]], commit.offset)
+        return self._memory[:count]
+
+    def sealed_box(self, raw: memoryview, commit: Commit) -> tuple[bytes, memoryview, memoryview]:
         """Return nonce, ciphertext with tag, and associated data of a commit."""
         nonce = struct.pack("<IQ", self.generation, commit.number)
         end = _COMMIT.size + commit.plain + TAG
