@@ -47,6 +47,7 @@ from appliance.wire.sql import Analyser
 ADMIN_SHUTDOWN = "57P01"  #: what a server says when an administrator ends a connection
 _ENCRYPTION_BYTES = 8
 _LEAST_STARTUP_BYTES = 9
+_NOTHING: list[Effect] = []
 
 
 class PostgreSQL:
@@ -71,18 +72,22 @@ class PostgreSQL:
             return out
         pipeline = self._pipeline
         pipeline.out = out
-        if isinstance(event, Data):
-            pipeline.now = event.time_ns
-            try:
-                if event.side is CLIENT:
-                    self._frontend.feed(event.data, event.offset)
+        try:
+            if type(event) is Data:
+                side, data, offset, pipeline.now = event
+                if side is CLIENT:
+                    self._frontend.feed(data, offset)
                 else:
-                    self._backend.feed(event.data, event.offset)
-            except ProtocolError as wrong:
-                wrong.done = out
-                raise
-        elif isinstance(event, Eof):
-            self._ending(event)
+                    self._backend.feed(data, offset)
+                    if self._frontend.blocked:
+                        self._frontend.resume()
+            elif isinstance(event, Eof):
+                self._ending(event)
+        except ProtocolError as wrong:
+            wrong.done = out
+            raise
+        finally:
+            pipeline.out = _NOTHING  # effects hold on to the bytes of their event
         return out
 
     def _ending(self, event: Eof) -> None:
@@ -125,6 +130,7 @@ class PostgreSQL:
             self._backend.feed(early, server_at)
         if waiting:
             self._frontend.feed(waiting, client_at)
+        pipeline.out = _NOTHING
 
     def refuse(self, message: str) -> list[Effect]:
         """End the session with a FATAL error, unless the client is inside a message.
@@ -141,6 +147,7 @@ class PostgreSQL:
             speak = not self._backend.inside
             self._frontend.withhold("refused")
             self._backend.finish()
+            self._pipeline.out = _NOTHING
         if speak:
             error = error_response(ADMIN_SHUTDOWN, message)
             out.append(Forward(CLIENT, error, Origin.SYNTHESISED))

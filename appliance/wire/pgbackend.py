@@ -27,6 +27,7 @@ MOST_BODY_BYTES = 64 * 1024
 _SMALL_BYTES = 8 * 1024
 _MOST_TAG_BYTES = 1024
 _MOST_PAYLOAD_BYTES = 4 * 1024
+_QUERY, _EXECUTE, _BIND, _DESCRIBE = Step.QUERY, Step.EXECUTE, Step.BIND, Step.DESCRIBE
 _DATA_ROW = ord("D")
 _COPY_DATA = ord("d")
 _HEADER = Struct("!BI").unpack_from
@@ -81,26 +82,33 @@ class Backend:
 
     def _walk(self, buffer: bytes | memoryview, offset: int) -> int:
         """Decode whole messages; return where the first one stands that is not decoded."""
-        handlers = self.HANDLERS
+        unpack, handlers = _HEADER, self.HANDLERS
         position, end = 0, len(buffer)
-        while end - position >= HEADER_BYTES:
-            kind, length = _HEADER(buffer, position)
-            handler = handlers.get(kind)
-            if handler is None or length < 4:
-                raise Malformed(f"no message has type {kind} and length {length}")
-            if kind in (_DATA_ROW, _COPY_DATA):
-                after, count = hop(buffer, position, end, kind)
-                if kind == _DATA_ROW:
+        last = end - HEADER_BYTES
+        while position <= last:
+            kind, length = unpack(buffer, position)
+            after = position + 1 + length
+            if kind == _DATA_ROW and length >= 4:
+                if after <= last:
+                    after, count = hop(buffer, position, end, kind)
                     self._rows += count
                 else:
-                    self._copied(count, after - position - count * HEADER_BYTES)
+                    self._rows += 1
+            elif kind == _COPY_DATA and length >= 4:
+                after, count = hop(buffer, position, end, kind)
+                self._copied(count, after - position - count * HEADER_BYTES)
             else:
-                after = position + 1 + length
-                body_end = min(after, position + HEADER_BYTES + MOST_BODY_BYTES)
+                handler = handlers.get(kind)
+                if handler is None or length < 4:
+                    raise Malformed(f"no message has type {kind} and length {length}")
+                body_end = after
+                if length > MOST_BODY_BYTES:
+                    body_end = position + HEADER_BYTES + MOST_BODY_BYTES
                 if body_end > end:
                     self._needed = body_end
                     return position
-                handler(self, bytes(buffer[position + HEADER_BYTES : body_end]), offset + after)
+                body = buffer[position + HEADER_BYTES : body_end]
+                handler(self, body if type(body) is bytes else bytes(body), offset + after)
             if after > end:
                 self._skip = after - end
                 return end
@@ -122,9 +130,9 @@ class Backend:
         """Return the operation that the server answers now."""
         if self._pipeline.steps:
             step, thing = self._pipeline.steps[0]
-            if step is Step.EXECUTE:
+            if step is _EXECUTE:
                 return thing  # type: ignore[no-any-return]  # what Step.EXECUTE stands beside
-            if step is Step.QUERY:
+            if step is _QUERY:
                 return thing[0] if thing else self._pipeline.pending
         return None
 
@@ -140,15 +148,15 @@ class Backend:
         pipeline = self._pipeline
         steps = pipeline.steps
         step, thing = steps[0] if steps else SYNC
-        if step is Step.EXECUTE:
+        if step is _EXECUTE:
             del steps[0]
             running: Running = thing
             wait = bool(steps) and steps[0] is SYNC
-        elif step is Step.QUERY and thing:
+        elif step is _QUERY and thing:
             running = thing[0]
             del thing[0]
             wait = not thing
-        elif step is Step.QUERY and pipeline.pending is not None:
+        elif step is _QUERY and pipeline.pending is not None:
             running = pipeline.pending  # more results than statements: they are the last one's
             tag = f"{running.tag}; {tag}"[:_MOST_TAG_BYTES]
             wait = True
@@ -161,7 +169,7 @@ class Backend:
         return running
 
     def _command_complete(self, body: bytes, after: int) -> None:
-        self._completed(text_of(body[: body.find(0)][:_MOST_TAG_BYTES]), after)
+        self._completed(text_of(body[:_MOST_TAG_BYTES]).partition("\0")[0], after)
 
     def _empty_query(self, _body: bytes, after: int) -> None:
         self._completed("", after)
@@ -176,7 +184,9 @@ class Backend:
         self._completed("", after)
 
     def _ready(self, body: bytes, after: int) -> None:
-        self._pipeline.ready(text_of(body[:1]))
+        if len(body) != 1:
+            raise Malformed("ReadyForQuery is one letter")
+        self._pipeline.ready(chr(body[0]))
         self._rows, self._mark = 0, after
 
     def _error(self, body: bytes, after: int) -> None:
@@ -189,7 +199,7 @@ class Backend:
         columns = pgmessages.columns(body)
         steps = self._pipeline.steps
         step, thing = steps[0] if steps else SYNC
-        if step is Step.DESCRIBE:
+        if step is _DESCRIBE:
             del steps[0]
             if thing is not None:
                 thing.columns = columns
@@ -225,7 +235,7 @@ class Backend:
                 self._pipeline.ended(running, wait=bool(steps) and steps[0] is SYNC)
 
     def _bind_complete(self, _body: bytes, _after: int) -> None:
-        portal = self._answered(Step.BIND, "BindComplete")
+        portal = self._answered(_BIND, "BindComplete")
         if (
             isinstance(portal, Portal)
             and portal.running is not None
@@ -301,13 +311,8 @@ class Backend:
         }
         self._pipeline.fact("notification", fields)
 
-    def _rows_only(self, _body: bytes, _after: int) -> None:
-        """DataRow and CopyData are hopped over and never come here."""
-
     #: By the message's type: handler(backend, body, where the message ends).
     HANDLERS: ClassVar[dict[int, Callable[[Backend, bytes, int], None]]] = {
-        ord("D"): _rows_only,
-        ord("d"): _rows_only,
         ord("C"): _command_complete,
         ord("Z"): _ready,
         ord("T"): _row_description,

@@ -15,6 +15,7 @@ from struct import Struct
 from appliance.sansio import CLIENT, UPSTREAM, Audit, Forward, ProtocolError
 from appliance.wire.framing import HEADER_BYTES, hop
 from appliance.wire.pgmessages import Malformed
+from appliance.wire.pgnames import Undecided
 from appliance.wire.pgpipeline import MOST_STEPS, Pipeline
 from appliance.wire.pgrequests import Requests
 from capture.records import Withheld
@@ -29,7 +30,9 @@ _HEADER = Struct("!BI").unpack_from
 class Frontend:
     """Decodes what the client sends."""
 
-    __slots__ = ("_at", "_kept", "_needed", "_next", "_pipeline", "_requests", "_skip")
+    __slots__ = (
+        "_at", "_kept", "_needed", "_next", "_pipeline", "_requests", "_skip", "blocked",
+    )  # fmt: skip
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
@@ -38,12 +41,13 @@ class Frontend:
         self._at = 0  #: where `_kept` begins in the half-stream
         self._next = 0  #: first byte of `_kept` that is not decoded
         self._needed = 0  #: length of `_kept` that makes the next message decodable
+        self.blocked = False  #: a message waits for an answer of the server
         self._skip = 0  #: bytes that pass unseen: the rest of a message
 
     @property
     def waiting(self) -> bool:
-        """Say whether so many answers are due that no more should be asked."""
-        return len(self._pipeline.steps) >= MOST_STEPS
+        """Say whether answers should come before the client asks more."""
+        return self.blocked or len(self._pipeline.steps) >= MOST_STEPS
 
     def feed(self, data: memoryview | bytes, offset: int) -> None:
         """Decode bytes that stand at `offset` of the client's half-stream. Raises ProtocolError;
@@ -54,23 +58,28 @@ class Frontend:
             data = self._pass(data)
             if not data:
                 return
-        buffer: bytes | memoryview
         if self._kept is None:
-            buffer = bytes(data) if len(data) <= _SMALL_BYTES else data
             self._at, self._next = offset + len(given) - len(data), 0
+            self._decode(bytes(data) if len(data) <= _SMALL_BYTES else data, given, offset)
         else:
             self._kept += data
-            if len(self._kept) < self._needed:
-                return
-            buffer = bytes(self._kept)
+            if len(self._kept) >= self._needed and not self.blocked:
+                self._decode(bytes(self._kept), given, offset)
+
+    def resume(self) -> None:
+        """The server said something: look again at what waits for it."""
+        self.blocked = False
+        kept = self.held
+        self._decode(kept, kept, self._at)
+
+    def _decode(self, buffer: bytes | memoryview, given: bytes | memoryview, offset: int) -> None:
         try:
             self._walk(buffer)
+        except Undecided:
+            self.blocked = True
         except Malformed as wrong:
             self._release(buffer)
             raise ProtocolError(CLIENT, str(wrong)) from wrong
-        except ProtocolError:
-            self._release(buffer)
-            raise
         except Exception:
             if self._kept is None:  # effects of this event are lost: nothing of it was forwarded
                 self._kept, self._at = bytearray(given), offset
@@ -107,20 +116,25 @@ class Frontend:
     def _release(self, buffer: bytes | memoryview) -> None:
         """Forward what is decided, keep the rest."""
         held = self._requests.held
+        if held < 0 and self._next == len(buffer):
+            self._pipeline.out.append(Forward(UPSTREAM, buffer))
+            self._at += self._next
+            self._next = 0
+            self._kept = None
+            return
         done = self._next if held < 0 else held - self._at
         if done:
-            whole = done == len(buffer)
-            self._pipeline.out.append(Forward(UPSTREAM, buffer if whole else buffer[:done]))
+            self._pipeline.out.append(Forward(UPSTREAM, buffer[:done]))
             self._at += done
             self._next -= done
             self._needed -= done
-            self._kept = None if whole else bytearray(buffer[done:])
+            self._kept = bytearray(buffer[done:])
         elif self._kept is None:
             self._kept = bytearray(buffer)
 
     def _walk(self, buffer: bytes | memoryview) -> None:
         """Decode whole messages; `_next` is the first byte that is not decoded."""
-        handlers = Requests.HANDLERS
+        requests, handlers, base = self._requests, Requests.HANDLERS, self._at
         position, end = self._next, len(buffer)
         while end - position >= HEADER_BYTES:
             kind, length = _HEADER(buffer, position)
@@ -130,14 +144,18 @@ class Frontend:
             handler = handlers.get(kind)
             if handler is None or length < 4:
                 raise Malformed(f"no message has type {kind} and length {length}")
-            after = position + 1 + length
-            left = max(0, length - 4 - MOST_BODY_BYTES)
-            body_end = after - left
+            body_end = after = position + 1 + length
+            left = 0
+            if length > MOST_BODY_BYTES + 4:
+                left = length - 4 - MOST_BODY_BYTES
+                body_end -= left
             if body_end > end:
                 self._needed = body_end
                 return
-            body = bytes(buffer[position + HEADER_BYTES : body_end])
-            handler(self._requests, body, self._at + position, self._at + after, left)
+            body = buffer[position + HEADER_BYTES : body_end]
+            if type(body) is not bytes:
+                body = bytes(body)
+            handler(requests, body, base + position, base + after, left)
             if after > end:
                 self._skip = after - end
                 after = end

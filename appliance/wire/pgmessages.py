@@ -82,35 +82,37 @@ def parse(body: bytes, *, cut: bool) -> Parse:
     """Return a Parse message; of a cut one the text goes as far as the body and the types are not
     known.
     """
-    name, position = cstring(body, 0)
-    if cut and body.find(b"\0", position) < 0:
-        return Parse(name, body[position:], ())
-    text, position = cstring(body, position)
+    end = body.find(0)
+    stop = body.find(0, end + 1)
+    if end < 0 or (stop < 0 and not cut):
+        raise Malformed("a string in Parse has no end")
+    name = body[:end]
     if cut:
+        return Parse(name, body[end + 1 : stop] if stop >= 0 else body[end + 1 :], ())
+    text = body[end + 1 : stop]
+    size = len(body) - stop - 3
+    count = int.from_bytes(body[stop + 1 : stop + 3], "big")
+    if size != 4 * count:
+        raise Malformed("Parse has other types than it says")
+    if not count:
         return Parse(name, text, ())
-    try:
-        (count,) = _COUNT(body, position)
-        if len(body) != position + 2 + 4 * count:
-            raise Malformed("Parse has other types than it says")
-        return Parse(
-            name, text, tuple(_UINT4(body, position + 2 + 4 * number)[0] for number in range(count))
-        )
-    except struct_error as wrong:
-        raise Malformed("Parse is cut") from wrong
+    return Parse(
+        name, text, tuple(_UINT4(body, stop + 3 + 4 * number)[0] for number in range(count))
+    )
 
 
 def bind(body: bytes) -> Bind:
     """Return the head of a Bind message."""
-    end = body.find(b"\0")
-    stop = body.find(b"\0", end + 1)
+    end = body.find(0)
+    stop = body.find(0, end + 1)
     if end < 0 or stop < 0:
         raise Malformed("a name in Bind has no end")
+    formats: tuple[int, ...] = ()
     try:
         (count,) = _COUNT(body, stop + 1)
         position = stop + 3 + 2 * count
-        formats = (
-            tuple(_INT2(body, stop + 3 + 2 * number)[0] for number in range(count)) if count else ()
-        )
+        if count:
+            formats = tuple(_INT2(body, stop + 3 + 2 * number)[0] for number in range(count))
     except struct_error as wrong:
         raise Malformed("Bind is cut") from wrong
     return Bind(body[:end], body[end + 1 : stop], formats, position)
@@ -129,6 +131,7 @@ def values(
             return ()
         if len(formats) > 1 and len(formats) != count:
             raise Malformed("there are other formats than values")
+        form = formats[0] if formats else 0
         position += 2
         limit = min(len(body), position + _MOST_BINDS_BYTES)
         found: list[Any] = []
@@ -140,12 +143,14 @@ def values(
             if length < 0:
                 found.append(None)
                 continue
-            if position + length > limit:
-                return _omitted(found, count, cut=cut or position + length <= len(body))
+            end = position + length
+            if end > limit:
+                return _omitted(found, count, cut=cut or end <= len(body))
             oid = oids[number] if number < len(oids) else 0
-            binary = bool(formats) and (formats[number] if len(formats) > 1 else formats[0]) == 1
-            found.append(decode(body[position : position + length], oid, binary=binary))
-            position += length
+            if len(formats) > 1:
+                form = formats[number]
+            found.append(decode(body[position:end], oid, binary=form == 1))
+            position = end
     except struct_error as wrong:
         raise Malformed("values are cut") from wrong
     return tuple(found)

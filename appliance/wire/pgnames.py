@@ -8,6 +8,10 @@ meant before: otherwise a Parse that fails on purpose would make the next Execut
 statement than the one that runs. So a statement remembers what it replaced (`previous`) until the
 server confirms it, and `undo` takes it out again, also from the middle of a chain of definitions
 that are not confirmed yet. A name that was closed is a statement too, one that is `gone`.
+
+Within a batch (up to Sync, or one simple query) that is certain enough: what fails takes all that
+follows with it. A later batch does not share the fate of an earlier one, so a Bind there has to
+wait until it is known what its name means: `Undecided`.
 """
 
 from __future__ import annotations
@@ -30,20 +34,25 @@ MOST_PORTALS = 1_024  #: bound and not executed yet
 _ENTRY_BYTES = 512  #: what a prepared statement costs besides its name and text
 
 
+class Undecided(Exception):
+    """What a name means depends on an answer that has not come yet."""
+
+
 class Statement:
     """A prepared statement; `gone` when a name has none any more."""
 
     __slots__ = (
-        "analysis", "columns", "end", "gone", "key", "offset", "oids", "previous", "running",
-        "silent", "text", "truncated",
+        "analysis", "batch", "columns", "end", "gone", "key", "offset", "oids", "previous",
+        "running", "silent", "size", "text", "truncated",
     )  # fmt: skip
 
     def __init__(
         self, key: bytes, text: str, analysis: Analysis, oids: tuple[int, ...] = (),
-        offset: int = 0, end: int = 0, *, truncated: bool = False, gone: bool = False,
+        offset: int = 0, end: int = 0, truncated: bool = False, gone: bool = False,  # noqa: FBT001, FBT002 - hot
     ) -> None:  # fmt: skip
         self.key = key  #: its name, as the client wrote it
         self.text = text
+        self.size = _ENTRY_BYTES + len(key) + len(text)  #: what it counts in the session's budget
         self.analysis = analysis
         self.oids = oids  #: types of its parameters, 0 where not known
         self.offset = offset  #: of its Parse in the client's half-stream
@@ -53,12 +62,8 @@ class Statement:
         self.columns: Columns = ()
         self.silent = False  #: its Parse is held back, and no Operation has told of it yet
         self.previous: Statement | None = None
+        self.batch = 0  #: in which its name was given to it
         self.running: Running | None = None  #: the Operation of its Parse, if that had one
-
-    @property
-    def size(self) -> int:
-        """Return what it counts in the session's budget, bytes."""
-        return _ENTRY_BYTES + len(self.key) + len(self.text)
 
 
 class Portal:
@@ -132,8 +137,8 @@ class Names:
     """What names mean now, and how texts are read."""
 
     __slots__ = (
-        "_analyser", "_bytes", "_voided", "encoding", "full", "portals", "standard_strings",
-        "statements",
+        "_analyser", "_bytes", "_voided", "batch", "encoding", "full", "portals",
+        "standard_strings", "statements",
     )  # fmt: skip
 
     def __init__(self, analyser: Analyser) -> None:
@@ -141,6 +146,7 @@ class Names:
         self._bytes = 0
         self.full = False  #: there was no room for a name, and a Gap says so
         self._voided: list[Statement] = []  #: undone when the Sync comes that ends the discarding
+        self.batch = 0  #: number of the batch that the client sends now
         self.statements: dict[bytes, Statement] = {}
         self.portals: dict[bytes, Portal] = {}
         self.encoding: str | None = UTF8
@@ -172,10 +178,14 @@ class Names:
             return text, (Part(0, len(text.encode()), NOT_KNOWN),), cut
         return text, self._analyser.parts(text), cut
 
-    def meaning(self, name: bytes) -> Statement | None:
-        """Return the statement that `name` means now."""
-        found = self.statements.get(name)
-        return None if found is None or found.gone else found
+    def meaning(self, key: bytes) -> Statement | None:
+        """Return the statement that a name means now. Raises Undecided."""
+        found = self.statements.get(key)
+        if found is None:
+            return None
+        if found.previous is not None and found.batch != self.batch:
+            raise Undecided
+        return None if found.gone else found
 
     def define(self, statement: Statement) -> bool:
         """Let a name mean `statement` from here on; False when there is no room for it.
@@ -189,6 +199,7 @@ class Names:
                 self._forget(current)
             return False
         statement.previous = current
+        statement.batch = self.batch
         self.statements[statement.key] = statement
         self._bytes += statement.size
         return True
@@ -215,8 +226,9 @@ class Names:
 
     def confirm(self, statement: Statement) -> None:
         """The server did what `define` or `drop` assumed."""
-        previous, statement.previous = statement.previous, None
-        self._forget(previous)
+        if statement.previous is not None:
+            self._forget(statement.previous)
+            statement.previous = None
         if statement.gone and self.statements.get(statement.key) is statement:
             del self.statements[statement.key]
             self._bytes -= statement.size

@@ -19,7 +19,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from appliance.sansio import Audit, Effect
-from appliance.wire.pgnames import Names, Portal, Running, Statement
+from appliance.wire.pgnames import Names, Portal, Running, Statement, Undecided
 from capture.records import Fact, Gap, Operation, Result
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Step(IntEnum):
 
 
 SYNC: tuple[Step, Any] = (Step.SYNC, None)
+_QUERY = Step.QUERY
 
 
 def told(fields: dict[str, str]) -> dict[str, Any]:
@@ -89,8 +90,7 @@ class Pipeline:
         tables = analysis.tables
         if analysis.executes is not None:
             name = name or analysis.executes
-            prepared = self.names.meaning(analysis.executes.encode())
-            tables = () if prepared is None else prepared.analysis.tables
+            tables = self._tables(analysis.executes)
         self.last = number = self.last + 1
         record = Operation(
             number,
@@ -109,6 +109,14 @@ class Pipeline:
         self.out.append(Audit(record))
         return Running(number, self.now, portal)
 
+    def _tables(self, name: str) -> tuple[str, ...]:
+        """Return the tables of a prepared statement, when it is certain which one that is."""
+        try:
+            prepared = self.names.meaning(name.encode())
+        except Undecided:
+            prepared = None
+        return () if prepared is None else prepared.analysis.tables
+
     def fact(self, kind: str, fields: dict[str, Any]) -> None:
         """Write a Fact."""
         self.out.append(Audit(Fact(kind, fields)))
@@ -118,7 +126,7 @@ class Pipeline:
         if running.done:
             return
         running.done = True
-        detail = running.detail or {}
+        detail = {} if running.detail is None else running.detail
         if running.copied is not None:
             detail["copy"] = running.copied.detail()
         sqlstate = message = ""
@@ -160,6 +168,7 @@ class Pipeline:
         if self.skipping:
             self.skipping = False
             self.names.undo_voided()
+        self.names.batch += 1
         self.steps.append(SYNC)
 
     def swallow(self, running: Running) -> None:
@@ -177,7 +186,7 @@ class Pipeline:
     def ready(self, tx: str) -> None:
         """The server sent ReadyForQuery."""
         steps = self.steps
-        if steps and steps[0][0] <= Step.QUERY:
+        if steps and steps[0][0] <= _QUERY:
             step, left = steps.pop(0)
         else:
             step, left = Step.SYNC, None

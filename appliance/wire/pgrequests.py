@@ -1,7 +1,8 @@
 """What each message of a PostgreSQL client asks for, after start-up: operations out of messages.
 
 `appliance.wire.pgfrontend` hands in whole messages, or the beginning of those that are too long to
-be looked at whole; `held` tells it what has to wait.
+be looked at whole; `held` tells it what has to wait. A message that raises Undecided changed
+nothing, and is handed in again after the server has said more.
 
 Theory of operation. In the extended protocol a statement is told by its Execute, with the text of
 its Parse and the values of its Bind. So Parse and Bind are held back until the Execute that uses
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 MOST_HELD_BYTES = 64 * 1024  #: of whole messages that wait for their Execute
 _MOST_REASON_BYTES = 1024
+_QUERY, _EXECUTE, _PARSE = Step.QUERY, Step.EXECUTE, Step.PARSE
+_BIND, _DESCRIBE, _CLOSE = Step.BIND, Step.DESCRIBE, Step.CLOSE
 _NOTHING = Analysis(EMPTY)
 _FUNCTION = Analysis("FUNCTION")
 
@@ -70,7 +73,7 @@ class Requests:
             if analysis.prepares is not None or analysis.deallocates is not None:
                 self._rename(running, text, analysis)
             asked = [running]
-        self._asked(Step.QUERY, asked)
+        self._asked(_QUERY, asked)
 
     def _ask_parts(self, raw: bytes, at: int, length: int) -> list[Running]:
         """Ask for each statement of a text."""
@@ -112,10 +115,12 @@ class Requests:
     def _asked(self, step: Step, running: Any) -> None:
         """Expect the answer of an operation; in a batch that failed there is none."""
         pipeline = self._pipeline
+        if step is _QUERY:
+            pipeline.names.batch += 1
         if not pipeline.skipping:
             pipeline.steps.append((step, running))
             return
-        for one in running if step is Step.QUERY else (running,):
+        for one in running if step is _QUERY else (running,):
             pipeline.end(one, "skipped")
             pipeline.names.void(one.names, later=True)
 
@@ -127,60 +132,59 @@ class Requests:
             "function", _FUNCTION, f"function {oid}", at, after - at,
             binds=pgmessages.values(body, position, formats, (), cut=left > 0), truncated=left > 0,
         )  # fmt: skip
-        self._asked(Step.QUERY, [running])
+        self._asked(_QUERY, [running])
 
     # -- extended protocol
 
     def _parse(self, body: bytes, at: int, after: int, left: int) -> None:
         cut = left > 0
-        message = pgmessages.parse(body, cut=cut)
+        key, raw, oids = pgmessages.parse(body, cut=cut)
         self._hold(at, after)
         names = self._pipeline.names
-        found = None if cut else names.single(message.text)
-        if found is None:
-            text, parts, shortened = names.parts(message.text)
-            truncated = cut or shortened
-            analysis = parts[0].analysis if len(parts) == 1 and not truncated else NOT_KNOWN
+        found = None if cut else names.single(raw)
+        if found is not None:
+            text, analysis = found
+        else:
+            text, parts, shortened = names.parts(raw)
+            cut = cut or shortened
+            analysis = parts[0].analysis if len(parts) == 1 and not cut else NOT_KNOWN
             if not parts:
                 analysis = _NOTHING
-        else:
-            text, analysis = found
-            truncated = False
-        statement = Statement(
-            message.name, text, analysis, message.oids, at, after, truncated=truncated
-        )
+        statement = Statement(key, text, analysis, oids, at, after, cut)
         room = names.define(statement)
-        self._expect(Step.PARSE, statement)
+        self._expect(_PARSE, statement)
         statement.silent = True
         self._silent.append(statement)
         if not room:
             self._no_room()
-        if cut or not room:
+        if left or not room:
             self.announce()
 
     def _bind(self, body: bytes, at: int, after: int, left: int) -> None:
         key, name, formats, position = pgmessages.bind(body)
-        self._hold(at, after)
-        names = self._pipeline.names
+        pipeline = self._pipeline
+        names = pipeline.names
         statement = names.meaning(name)
         if statement is None:
             statement = Statement(name, "", NOT_KNOWN)
+        self._hold(at, after)
         binds = pgmessages.values(body, position, formats, statement.oids, cut=left > 0)
         portal = Portal(key, statement, binds, at, after)
         portals = names.portals
         replaced = portals.get(key)
         room = replaced is not None or len(portals) < MOST_PORTALS
         if replaced is not None and replaced.running is not None:
-            self._pipeline.release(replaced)
+            pipeline.release(replaced)
         if room:
             portals[key] = portal
-        self._expect(Step.BIND, portal)
+        if not pipeline.skipping:
+            pipeline.steps.append((_BIND, portal))
         portal.silent = True
         self._silent.append(portal)
-        if not room:
-            self._no_room()
         if left or not room:
             self.announce()
+            if not room:
+                self._no_room()
 
     def _execute(self, body: bytes, at: int, after: int, left: int) -> None:
         name, position = pgmessages.cstring(body, 0)
@@ -199,7 +203,7 @@ class Requests:
         else:
             portal.executed = True
             running = self._first_execute(portal, at, after)
-        self._asked(Step.EXECUTE, running)
+        self._asked(_EXECUTE, running)
 
     def _first_execute(self, portal: Portal, at: int, after: int) -> Running:
         """Ask for what a portal runs: this tells its Bind, and its Parse when that was silent."""
@@ -233,11 +237,13 @@ class Requests:
         return running
 
     def _describe(self, body: bytes, _at: int, after: int, left: int) -> None:
-        letter, name = _target(body, left)
-        self._make_room(after)
+        letter, name = (b"P", b"") if body == b"P\0" else _target(body, left)
+        if self.held >= 0:
+            self._make_room(after)
         names = self._pipeline.names
-        thing = names.meaning(name) if letter == b"S" else names.portals.get(name)
-        self._expect(Step.DESCRIBE, thing)
+        known = names.statements if letter == b"S" else names.portals
+        thing = known.get(name)
+        self._expect(_DESCRIBE, thing)
 
     def _close(self, body: bytes, _at: int, after: int, left: int) -> None:
         letter, name = _target(body, left)
@@ -252,15 +258,16 @@ class Requests:
                 if portal.silent:
                     self.announce()
                 self._pipeline.release(portal)
-        self._expect(Step.CLOSE, dropped)
+        self._expect(_CLOSE, dropped)
 
     def _sync(self, body: bytes, _at: int, _after: int, _left: int) -> None:
-        _empty(body)
+        if body:
+            raise Malformed("Sync has no body")
         if self.held >= 0:
             self.announce()
-        steps = self._pipeline.steps
-        if self._pipeline.copying is None or steps[0][0] is not Step.EXECUTE:
-            self._pipeline.synced()
+        pipeline = self._pipeline
+        if pipeline.copying is None or pipeline.steps[0][0] is not _EXECUTE:
+            pipeline.synced()
 
     def _flush(self, body: bytes, _at: int, _after: int, _left: int) -> None:
         _empty(body)
@@ -285,8 +292,10 @@ class Requests:
 
     def _hold(self, at: int, after: int) -> None:
         """Hold a message back until an Execute tells of it."""
-        self._make_room(after)
         if self.held < 0:
+            self.held = at
+        elif self.held < after - MOST_HELD_BYTES:
+            self.announce()
             self.held = at
 
     def _make_room(self, after: int) -> None:
@@ -319,7 +328,7 @@ class Requests:
         pipeline = self._pipeline
         if not pipeline.skipping:
             pipeline.steps.append((step, thing))
-        elif isinstance(thing, Statement) and step is not Step.DESCRIBE:
+        elif isinstance(thing, Statement) and step is not _DESCRIBE:
             pipeline.names.void((thing,), later=True)
 
     def _no_room(self) -> None:

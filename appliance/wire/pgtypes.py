@@ -52,7 +52,7 @@ def decode(raw: bytes, oid: int, *, binary: bool) -> Any:
     if len(raw) > MOST_VALUE_BYTES:
         return _shortened(raw, oid, binary=binary)
     if not binary:
-        return _from_text(raw, oid)
+        return _from_text(raw, oid) if oid else str(raw, "utf-8", "backslashreplace")
     decoder = _BINARY.get(oid)
     if decoder is None:
         return {"hex": raw.hex()}
