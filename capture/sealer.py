@@ -151,7 +151,8 @@ class Sealer:
         checkpoint = self._ledger.append(self._unsigned)
         self._unsigned = []
         if not self._sealed and time.monotonic() - self._saved_at >= SAVE_S:
-            self._save()
+            with contextlib.suppress(OSError):  # it saves time only; the next one will do
+                self._save()
         return checkpoint
 
     def caught_up(self) -> None:

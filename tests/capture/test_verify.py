@@ -230,6 +230,16 @@ def test_what_a_dead_seal_left_unsealed_for_long_is_named(place):
     writer.close()
 
 
+def test_reads_while_the_appliance_is_stopped_are_pending_and_nothing_worse(place):
+    sealed_sessions(place)
+    place.writer("cli").close()
+    (pending,) = place.verify().pending
+    set_time(place, pending, 300)
+    report = place.verify()
+    assert report.ok, report.text()
+    assert report.pending
+
+
 def set_time(place, pending, seconds):
     """Move the time of a pending commit; its tag is not checked without the key."""
     (place.state / "appliance.key").unlink()

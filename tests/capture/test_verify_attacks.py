@@ -142,6 +142,15 @@ def test_a_bit_that_was_flipped_anywhere_in_the_ledger_is_found(any_place):
     assert any_place.verify().ok
 
 
+def test_bytes_that_were_added_to_a_file_of_the_ledger_are_found(any_place):
+    for name in ("checkpoint", "tile/0/000", "tile/entries/000", "tile/1/000.p/1"):
+        path = any_place.store.ledger / name
+        content = path.read_bytes()
+        path.write_bytes(content + b"\0")
+        assert name in {finding.file for finding in invalid(any_place)}
+        path.write_bytes(content)
+
+
 def test_a_segment_that_was_cut_is_found(any_place):
     for generation in any_place.store.generations():
         path = any_place.store.segment(generation)
