@@ -150,14 +150,25 @@ async def _record_kernel(config: Config, writer: SegmentWriter, stopping: asynci
     with redirect.alone(config.paths.run, wait=False) as mine:
         if mine:
             await _try("what passed without a gate is not recorded yet", _record_bypass(writer))
-    crowded = stopped = False
+    crowded = stopped = lost = False
     while not stopped:
+        found = await _try("lost counts are not recorded", _record_lost(writer, known=lost))
+        lost = lost if found is None else found
         with contextlib.suppress(TimeoutError):
             stopped = await asyncio.wait_for(stopping.wait(), CROWDED_S if crowded else FLOWS_S)
         with redirect.alone(config.paths.run, wait=False) as mine:
             if mine:
                 flows = await _try("flows are not recorded yet", _record_flows(writer))
                 crowded = (flows or 0) > redirect.CROWD
+
+
+async def _record_lost(writer: SegmentWriter, *, known: bool) -> bool:
+    """Record once that somebody removed the rule set; return whether it is gone."""
+    gap = await asyncio.to_thread(redirect.lost_counts)
+    if gap is not None and not known:
+        log.error("%s: client subnets are closed until narrows redirect apply", gap.detail)
+        writer.record(0, gap, gap.until)
+    return gap is not None
 
 
 async def _record_flows(writer: SegmentWriter) -> int:

@@ -254,7 +254,7 @@ def test_a_process_killed_at_any_moment_leaves_nothing_open(bare):
     config = bare.config(MIXED).file
     dice = random.Random(5)
     before = "undone"
-    for _ in range(12):
+    for _ in range(8):
         what = "undo" if before == "applied" else "apply"
         process = topology.start(
             bare.namespace("gate"), [sys.executable, "-c", APPLY, what, config],

@@ -308,3 +308,17 @@ def test_without_privileges_the_command_line_says_so_in_one_line(gate):
     done = subprocess.run(argv, capture_output=True, text=True, check=False, user=65534)
     assert done.returncode == UNAVAILABLE
     assert done.stderr == "narrows: redirect plan needs root (sudo narrows ...)\n"
+
+
+def test_a_rule_set_that_somebody_removed_is_a_gap(gate, hosts):
+    gate.narrows("apply")
+    hosts.nft("flush", "ruleset")
+    assert gate.narrows("apply").returncode == OK
+    ((stream, gap),) = gate.records(Gap)
+    assert (stream, gap["scope"], gap["reason"]) == ("cli", "flow", "counts-lost")
+    hosts.nft("flush", "ruleset")
+    gate.start()
+    gate.stop()
+    assert [stream for stream, _ in gate.records(Gap)] == ["cli", "gate-0"]
+    assert "narrows redirect apply" in gate.log
+    assert hosts.connect(SERVER4, 80) not in ("lost", f"server {CLIENT4}")

@@ -29,7 +29,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from appliance.proxy.redirect import nft, routing, rules
 from appliance.proxy.redirect.checks import Problem, check, client_interfaces, own_addresses
-from appliance.proxy.redirect.counts import alone, bypass_gaps, counted, settle_bypass
+from appliance.proxy.redirect.counts import alone, bypass_gaps, counted, lost_counts, settle_bypass
 from appliance.proxy.redirect.flows import CROWD, FlowMeter, record_flows
 from appliance.proxy.redirect.rules import MARK_LOCAL, MARK_PASS, TABLE
 
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CROWD", "MARK_LOCAL", "MARK_PASS", "TABLE", "FlowMeter", "NetlinkError", "Problem",
     "RedirectError", "Step", "alone", "apply", "bypass_gaps", "check", "client_interfaces",
-    "close", "counted",
-    "own_addresses", "plan", "record_flows", "settle_bypass", "undo", "undo_steps",
+    "close", "counted", "lost_counts", "own_addresses", "plan", "record_flows", "settle_bypass",
+    "undo", "undo_steps",
 ]  # fmt: skip
 
 _TRIES = 5
