@@ -155,12 +155,13 @@ class SensorLink:
         try:
             sock.connect(str(self._path))
             credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-            uid = _PEER.unpack(credentials)[1]
-            if uid not in {0, os.geteuid()}:
-                raise PermissionError(f"the sensor's socket belongs to uid {uid}")
         except BaseException:
             sock.close()
             raise
+        uid = _PEER.unpack(credentials)[1]
+        if uid not in {0, os.geteuid()}:
+            sock.close()
+            raise PermissionError(f"the sensor's socket belongs to uid {uid}")
         return sock
 
     def _disconnect(self) -> None:
