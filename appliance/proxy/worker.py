@@ -255,9 +255,16 @@ class Worker:
         self, near: socket.socket, client: tuple[str, int], target: tuple[str, int], route: Route,
         number: int, now: int,
     ) -> Session | None:  # fmt: skip
+        source = client[0] if route.source == "client" else None
         try:
             near.setblocking(False)  # noqa: FBT003 - the method's own way
-            far = dial(target, client[0] if route.source == "client" else None)
+            try:
+                far = dial(target, source)
+            except OSError as wrong:
+                lent = wrong.errno == errno.EMFILE and any(x.lend() for x in self._listeners)
+                if not lent:
+                    raise
+                far = dial(target, source)
         except OSError as wrong:
             self._not_dialled(near, number, now, wrong)
             return None
