@@ -117,6 +117,12 @@ class Index:
             self._inode = self.path.stat().st_ino
         return not same
 
+    def throw_away(self) -> None:
+        """Remove a damaged index; `follow_path` then opens a fresh one. Nothing is lost by it."""
+        if self.path is not None:
+            log.warning("the index is damaged and thrown away; it is filled anew")
+            discard(self.path)
+
     def cursors(self) -> dict[int, Cursor]:
         """Return the next commit to read of each segment; ENDED where nothing more comes."""
         rows = self.db.execute("SELECT generation, number, offset, done FROM segment")
@@ -126,9 +132,9 @@ class Index:
         }
 
 
-def is_damage(wrong: sqlite3.Error) -> bool:
+def is_damage(wrong: Exception) -> bool:
     """Say whether SQLite reports that the file is not what it was."""
-    return wrong.sqlite_errorcode & 0xFF in _DAMAGED
+    return getattr(wrong, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
 
 
 def discard(path: Path) -> None:
@@ -237,6 +243,8 @@ class Indexer:
             if not self.failed:
                 log.warning("the index cannot be written: %s", wrong)
             self.failed = str(wrong)
+            if is_damage(wrong):
+                self._index.throw_away()
             self._retry_at = time.monotonic() + RETRY_S
             if self._rows > MOST_ROWS:
                 self._drop()

@@ -481,6 +481,26 @@ def test_a_damaged_index_is_made_anew(evidence, damage):
         assert content(index) == wanted
 
 
+def test_an_index_that_turns_out_to_be_damaged_is_filled_anew(evidence):
+    with evidence.writer(settings=SMALL_SEGMENTS) as gate:
+        busy_day(gate, 16, sessions=10)
+        with evidence.index() as index:
+            index.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            wanted = content(index)
+        path = evidence.store.index
+        whole = path.read_bytes()
+        damaged = whole[:4096] + b"\xa5" * (len(whole) - 4096)
+        path.write_bytes(damaged)
+        with evidence.index() as index:
+            assert content(index) == wanted
+            index.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        path.write_bytes(damaged)
+        busy_day(gate, 17, sessions=10)
+        rebuild(evidence.store, evidence.keys)
+        with evidence.index() as index:
+            assert len(content(index)["session"]) > len(wanted["session"])
+
+
 def test_an_open_indexer_follows_an_index_that_was_thrown_away(evidence):
     with evidence.writer(settings=SMALL_SEGMENTS) as gate, evidence.index() as index:
         indexer = Indexer(index)

@@ -563,6 +563,26 @@ def test_a_list_is_whole_while_the_index_cannot_be_written(narrows, story, monke
     assert len(shown["operations"]) == 3
 
 
+def test_an_index_that_is_damaged_where_nobody_looked_is_one_line_with_what_to_do(narrows):
+    with narrows.evidence.writer() as gate:
+        for _ in range(200):
+            gate.close(gate.open())
+    with narrows.evidence.index() as index:
+        index.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (root,) = index.db.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = 'session'"
+        ).fetchone()
+    with narrows.evidence.store.index.open("r+b") as file:
+        file.seek((root - 1) * 4096)
+        file.write(b"\xa5" * 4096)
+    answer = narrows("sessions", "list")
+    assert answer.code == 1
+    assert answer.err.startswith("narrows: the index cannot be used: ")
+    assert answer.err.endswith("(narrows evidence reindex makes it anew)\n")
+    assert narrows("evidence", "reindex").code == 0
+    assert len(narrows("sessions", "list", "--json").json()) == 200
+
+
 def test_times_of_sessions_are_those_of_their_records(narrows, story):
     opened = [
         at for _, n, kind, at, *_ in narrows.evidence.frames() if kind == 16 and n == story[0]
