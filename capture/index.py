@@ -203,12 +203,22 @@ class Indexer:
         self._index = index
         self._batch: list[Delta] = []
         self._rows = 0
-        self._cursors = index.cursors()
+        self._cursors = self._first_cursors()
         self._retry_at = self._look_at = 0.0
         self.failed = ""  #: why the index could not be written, or empty
         #: a commit was left out: `capture.index_fill.fill` brings the index up to date, and then
         #: this indexer goes on by itself
         self.behind = False
+
+    def _first_cursors(self) -> dict[int, Cursor]:
+        try:
+            return self._index.cursors()
+        except sqlite3.DatabaseError as wrong:
+            if not is_damage(wrong):
+                raise
+            self._index.throw_away()
+            self._index.follow_path()
+            return self._index.cursors()
 
     def cursor(self, generation: int) -> Cursor:
         """Return the next commit that `take` wants of a segment."""
