@@ -70,14 +70,9 @@ class Executables:
     def _opened(self, record: Record) -> Found | None:
         if self._opens is None:
             return None
-        found = None
-        for fd in self._opens.take(record.tgid):
-            key = None if found is not None else checked(fd, record.device, record.inode)
-            if key is not None:
-                found = Found(_path(fd), "fanotify", fd, key)
-            else:
-                os.close(fd)
-        return found
+        device, inode = record.device, record.inode
+        found = self._opens.take(record.tgid, lambda fd: checked(fd, device, inode))
+        return found and Found(_path(found.fd), "fanotify", found.fd, found.key)
 
     def _running(self, record: Record) -> Found | None:
         fd = procfs.open_executable(record.tgid)
