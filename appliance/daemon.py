@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from appliance.attribution import Attributor, Register, ReplayCache, SensorLink, check_overlaps
 from appliance.live import ControlSocket
+from appliance.protocols import discover
 from appliance.proxy import redirect
 from appliance.proxy.loop import GateLoop
 from appliance.proxy.worker import Worker
@@ -47,6 +48,7 @@ def gate(config: Config, number: int) -> int:
     check_overlaps(config.account, config.file)
     _all_descriptors()
     own = redirect.own_addresses()  # netlink before the loop: pyroute2 runs a loop of its own
+    discover()  # its imports take a while: no session is to wait for them
     loop = GateLoop()
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         return runner.run(_gate(config, number, own, loop))
