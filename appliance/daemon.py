@@ -76,6 +76,7 @@ async def _gate(config: Config, number: int, own: set[str], loop: GateLoop) -> i
     worker.start(writer)
     stopping = asyncio.Event()
     kernel = loop.create_task(_record_kernel(config, writer, stopping)) if number == 0 else None
+    addresses = loop.create_task(_follow_addresses(worker, own))
     control = ControlSocket(worker, config.paths.run / f"gate-{number}.sock")
     await control.start()
     loop.call_later(EXPIRE_S, _expire, loop, table)
@@ -88,6 +89,7 @@ async def _gate(config: Config, number: int, own: set[str], loop: GateLoop) -> i
     stopped = loop.create_future()
     worker.stop(lambda: stopped.done() or stopped.set_result(None))
     await asyncio.wait_for(stopped, 30)
+    addresses.cancel()
     stopping.set()
     if kernel is not None:
         await kernel
@@ -140,6 +142,17 @@ def _settings(config: Config) -> WriterSettings:
         commit_s=evidence.commit_ms / 1000,
         reserve_bytes=evidence.reserve_bytes,
     )
+
+
+async def _follow_addresses(worker: Worker, own: set[str]) -> None:
+    """Tell the worker when this host's addresses are others than `own`."""
+    while True:
+        await asyncio.sleep(EXPIRE_S)
+        asked = asyncio.to_thread(redirect.own_addresses)
+        found = await _try("this host's addresses are not known", asked)
+        if found and found != own:
+            own = found
+            worker.own_addresses_are(own)
 
 
 async def _record_kernel(config: Config, writer: SegmentWriter, stopping: asyncio.Event) -> None:

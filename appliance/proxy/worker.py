@@ -107,6 +107,10 @@ class Worker:
             self._listeners.append(Listener(self.loop, sock, self._accept, self._accept_blocked))
         self.loop.call_later(HEARTBEAT_S, self._heartbeat)
 
+    def own_addresses_are(self, own: set[str]) -> None:
+        """Refuse these as targets from now on: the gate's addresses changed."""
+        self._destinations = Destinations(self.config.route, own, self.config.redirect.management)
+
     def stop(self, stopped: Callable[[], None]) -> None:
         """Accept no more, end every session in an orderly way, then call `stopped`."""
         self._stopping = stopped

@@ -322,3 +322,16 @@ def test_a_rule_set_that_somebody_removed_is_a_gap(gate, hosts):
     assert [stream for stream, _ in gate.records(Gap)] == ["cli", "gate-0"]
     assert "narrows redirect apply" in gate.log
     assert hosts.connect(SERVER4, 80) not in ("lost", f"server {CLIENT4}")
+
+
+def test_an_address_that_the_gate_is_given_later_is_refused_too(gate, hosts):
+    gate.narrows("apply")
+    gate.start()
+    hosts.ip("addr add 198.51.100.99/24 dev server0")
+    try:
+        with Server(hosts, 81, addresses=["198.51.100.99"], role="gate"):
+            wait_for(lambda: hosts.connect("198.51.100.99", 81) == "reset", what="a refusal")
+    finally:
+        hosts.ip("addr del 198.51.100.99/24 dev server0")
+    gate.stop()
+    assert [fields["reason"] for _, fields in gate.records(Refused)] == ["own-address"]
