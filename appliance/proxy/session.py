@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("narrows.session")
 
-LINGER_S = 10.0
+LINGER_S = 5.0
 #: Above this much of the gate's own answers waiting, the side that causes them is not read.
 MOST_OWN_BYTES = 64 * 1024
 _FORGED = frozenset({"forged", "replayed"})
@@ -324,7 +324,7 @@ class Session:
         self.ending = (reason, "gate")
         self.reason = message
         if self.prefix is not None or not self.connected:
-            self.close(reason, "gate", reset=True)
+            self.close(reason, "gate", reset=bool(self.prefix) or not self.connected)
             return
         self.set_timer(_LINGER, LINGER_S, self._linger_over)
         self.up.relay = self.down.relay = 0

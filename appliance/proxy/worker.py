@@ -174,12 +174,16 @@ class Worker:
         if self._waiting:
             self._flush_durable()
         if self._stalled and self.writer.room:
-            stalled, self._stalled = self._stalled, {}
-            for session in stalled:
-                session.stalled = False
-                session.interest()
+            self._go_on()
         if self._lost_records:
             self._say_lost(0)
+
+    def _go_on(self) -> None:
+        """Read the stalled sessions again."""
+        stalled, self._stalled = self._stalled, {}
+        for session in stalled:
+            session.stalled = False
+            session.interest()
 
     def _flush_durable(self) -> None:
         waiting, self._waiting = self._waiting, set()
@@ -198,6 +202,7 @@ class Worker:
         self._failed_since = now = self.now()
         log.error("%s; routes fail as configured", self.writer.failed)
         self._waiting.clear()
+        self._go_on()  # what an open route does needs no memory
         for session in list(self.sessions.values()):
             outage.begin(session, now)
 
