@@ -105,15 +105,7 @@ class Gate:
         self.worker.writer.close()
         self.loop.run_until_complete(asyncio.sleep(0))
         self.loop.close()
-        follower = Follower(self.store, self.keys, lambda _: BEGINNING)
-        frames = []
-        while found := follower.step(1000):
-            for followed in found:
-                for kind, session, _, offset, payload, _ in walk(
-                    followed.plaintext, followed.incarnation
-                ):
-                    frames.append((kind, session, offset, bytes(payload)))
-        return frames
+        return frames_of(self.store, self.keys)
 
 
 class Conversation:
@@ -165,6 +157,17 @@ class Conversation:
     def hang_up(self):
         self.client.close()
         self.server.close()
+
+
+def frames_of(store, keys):
+    """Return every frame that is on disk: (kind, session, offset, payload)."""
+    follower = Follower(store, keys, lambda _: BEGINNING)
+    frames = []
+    while found := follower.step(1000):
+        for each in found:
+            for kind, session, _, offset, payload, _ in walk(each.plaintext, each.incarnation):
+                frames.append((kind, session, offset, bytes(payload)))
+    return frames
 
 
 def half_stream(frames, session, kind):
