@@ -103,7 +103,7 @@ class Sealer:
             self._read(followed)
         after = Cursor(commit.number + 1, commit.offset + commit.total_bytes)
         self._state.advance(generation, after, final=commit.final)
-        if after == sealed:
+        if sealed is not None and after.number >= sealed.number:
             del self._sealed[generation]
 
     def damaged(self, damage: Damage) -> None:
