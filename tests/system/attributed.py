@@ -50,6 +50,19 @@ class Sessions:
             if "SessionOpen" in records and records["SessionOpen"][0]["target_port"] == port
         }
 
+    def from_port(self, client_port, port=PORT):
+        """Return the sessions from a client port to `port`, oldest first."""
+        found = [
+            records["SessionOpen"][0] | {"records": records}
+            for records in self._records.values()
+            if "SessionOpen" in records
+        ]
+        return [
+            opened["records"]
+            for opened in found
+            if (opened["client_port"], opened["target_port"]) == (client_port, port)
+        ]
+
     def closed(self, port=PORT):
         """Return how many sessions to `port` have ended."""
         return sum("SessionClose" in records for records in self.opened(port).values())
