@@ -164,7 +164,9 @@ def tell_end(session: Session, direction: Direction, *, reset: bool) -> None:
     if session.prefix is not None or session.closed:
         return
     try:
-        run(session, session.layer.handle(Eof(direction.side, reset=reset)), session.worker.now())
+        effects = session.layer.handle(Eof(direction.side, reset=reset))
+        if effects:
+            run(session, effects, session.worker.now())
     except ProtocolError as wrong:
         run(session, wrong.done, session.worker.now())  # there is nobody left to be refused
     except EvidenceError:

@@ -263,9 +263,9 @@ class Session:
         effects.tell_end(self, direction, reset=False)
         if self.closed:
             return
-        self.interest()
         direction.finish()
         self._close_if_done()
+        self.interest()
 
     def flushed(self, direction: Direction) -> None:
         """Everything of `direction` was sent."""
