@@ -142,6 +142,24 @@ def test_since_takes_the_very_time_that_a_list_shows(narrows, story):
     assert len(found) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--since", "999999999d"], 3),
+        (["--since", "0001-01-01T00:00:00Z"], 3),
+        (["--since", "9999-12-31T23:59:59Z"], 0),
+        (["--until", "9999-12-31T23:59:59Z"], 3),
+        (["--limit", "9" * 30], 3),
+        (["--account", "\udcff"], 0),
+    ],
+)
+def test_a_list_takes_times_counts_and_names_that_no_index_holds(narrows, story, words, found):
+    answer = narrows("sessions", "list", "--json", *words)
+    assert (answer.code, answer.err) == (0, "")
+    assert len(answer.json()) == found
+    assert narrows("sessions", "list", *words).code == 0
+
+
 def test_a_long_list_on_a_terminal_is_cut_and_says_so(narrows):
     with narrows.evidence.writer() as gate:
         for _ in range(120):
