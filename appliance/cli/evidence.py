@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
 #: What `log` shows: records that are not about one session's content.
 LOGGED = (
-    records.Gap, records.Access, records.Decision, records.Alarm, records.Refused, records.Start,
-    records.Stop, records.Recovered,
+    records.Gap, records.Access, records.Decision, records.Alarm, records.Refused, records.Flow,
+    records.Start, records.Stop, records.Recovered,
 )  # fmt: skip
-_NAMES = {kind.__name__.lower(): records.KINDS[kind] for kind in LOGGED}
+#: Only shown when asked for: one a worker every few seconds.
+FREQUENT = (records.Heartbeat,)
+_NAMES = {kind.__name__.lower(): records.KINDS[kind] for kind in (*LOGGED, *FREQUENT)}
 _WHOLE = re.compile("all|[0-9a-f]{8}|[0-9a-hjkmnp-tv-z]{13}")
 
 
@@ -45,7 +47,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     checked.add_argument("--ledger-key", metavar="FILE|KEY", help="the log's key that you trust")
     checked.add_argument("--json", action="store_true", help="print JSON")
     anew = verbs.add_parser("reindex", help="make the search index anew from the segments")
-    log = verbs.add_parser("log", help="gaps, reads, decisions, alarms, refusals, starts and stops")
+    log = verbs.add_parser(
+        "log", help="gaps, reads, decisions, alarms, refusals, flows, starts and stops"
+    )
     log.add_argument("--kind", choices=sorted(_NAMES), help="only this kind")
     log.add_argument("--json", action="store_true", help="print JSON")
     for verb in (checked, anew, log):
@@ -96,7 +100,7 @@ def _reindex(opened: Evidence, words: argparse.Namespace) -> int:
 
 def _log(opened: Evidence, words: argparse.Namespace) -> int:
     opened.record("list")
-    kinds = [_NAMES[words.kind]] if words.kind else list(_NAMES.values())
+    kinds = [_NAMES[words.kind]] if words.kind else [records.KINDS[kind] for kind in LOGGED]
     with opened.index() as index:
         for entry in _entries(index, kinds):
             if words.kind is None and _is_read(entry["fields"]):

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from capture.frames import session_name
-from capture.records import Decision, Gap, Refused
+from capture.records import Decision, Flow, Gap, Heartbeat, Refused
 from capture.seal import Seal
 
 
@@ -20,6 +20,8 @@ def sealed(narrows):
             gate.close(session)
         gate.record(0, Gap("route", "bypass", bytes_up=10, packets=2, detail="everything"))
         gate.record(0, Refused("192.0.2.10", 4, "203.0.113.1", 22, "management", "x" * 13))
+        gate.record(0, Flow("192.0.2.10", "udp", 53, 3, 99, 1, 2))
+        gate.record(0, Heartbeat(0, 2, 2, 0, 1, 2, 0, 0))
     seal(narrows)
     return [session_name(session) for session in sessions]
 
@@ -149,6 +151,8 @@ def test_the_log_tells_what_happened_besides_sessions(narrows, sealed):
     by_kind = {entry["kind"]: entry for entry in entries}
     assert by_kind["gap"]["fields"]["reason"] == "bypass"
     assert by_kind["refused"]["fields"]["reason"] == "management"
+    assert (by_kind["flow"]["session"], by_kind["flow"]["fields"]["packets"]) == (None, 3)
+    assert "heartbeat" not in by_kind, "there would be nothing else to see"
     assert by_kind["decision"]["session"] == sealed[0]
     assert by_kind["decision"]["fields"]["action"] == "kill"
     shown = [entry for entry in entries if entry["fields"].get("objects") == [sealed[1]]]
@@ -166,6 +170,8 @@ def test_the_log_can_be_narrowed_to_one_kind(narrows, sealed):
     )
     starts = narrows("evidence", "log", "--kind", "start").out.splitlines()
     assert len(starts) == 3, "also those of reads"
+    [beat] = narrows("evidence", "log", "--kind", "heartbeat").out.splitlines()
+    assert "kernel_accepted=2" in beat
 
 
 # -- law 8
