@@ -8,7 +8,7 @@ into; of other messages at most `MOST_BODY_BYTES` are kept until they are whole.
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from appliance.sansio import UPSTREAM, ProtocolError
 from appliance.wire import pgmessages
@@ -27,7 +27,8 @@ MOST_BODY_BYTES = 64 * 1024
 _SMALL_BYTES = 8 * 1024
 _MOST_TAG_BYTES = 1024
 _MOST_PAYLOAD_BYTES = 4 * 1024
-_QUERY, _EXECUTE, _BIND, _DESCRIBE = Step.QUERY, Step.EXECUTE, Step.BIND, Step.DESCRIBE
+_SYNC, _QUERY, _EXECUTE = Step.SYNC, Step.QUERY, Step.EXECUTE
+_BIND, _DESCRIBE = Step.BIND, Step.DESCRIBE
 _DATA_ROW = ord("D")
 _COPY_DATA = ord("d")
 _HEADER = Struct("!BI").unpack_from
@@ -82,7 +83,7 @@ class Backend:
 
     def _walk(self, buffer: bytes | memoryview, offset: int) -> int:
         """Decode whole messages; return where the first one stands that is not decoded."""
-        unpack, handlers = _HEADER, self.HANDLERS
+        unpack, handlers = _HEADER, HANDLERS
         position, end = 0, len(buffer)
         last = end - HEADER_BYTES
         while position <= last:
@@ -151,7 +152,7 @@ class Backend:
         if step is _EXECUTE:
             del steps[0]
             running: Running = thing
-            wait = bool(steps) and steps[0] is SYNC
+            wait = bool(steps) and steps[0][0] is _SYNC
         elif step is _QUERY and thing:
             running = thing[0]
             del thing[0]
@@ -232,7 +233,7 @@ class Backend:
             if running is not None:
                 self._measure(running, after)
                 steps = self._pipeline.steps
-                self._pipeline.ended(running, wait=bool(steps) and steps[0] is SYNC)
+                self._pipeline.ended(running, wait=bool(steps) and steps[0][0] is _SYNC)
 
     def _bind_complete(self, _body: bytes, _after: int) -> None:
         portal = self._answered(_BIND, "BindComplete")
@@ -311,25 +312,30 @@ class Backend:
         }
         self._pipeline.fact("notification", fields)
 
-    #: By the message's type: handler(backend, body, where the message ends).
-    HANDLERS: ClassVar[dict[int, Callable[[Backend, bytes, int], None]]] = {
-        ord("C"): _command_complete,
-        ord("Z"): _ready,
-        ord("T"): _row_description,
-        ord("1"): _parse_complete,
-        ord("2"): _bind_complete,
-        ord("3"): _close_complete,
-        ord("n"): _no_data,
-        ord("t"): _parameter_description,
-        ord("E"): _error,
-        ord("N"): _notice,
-        ord("A"): _notification,
-        ord("S"): _parameter_status,
-        ord("s"): _portal_suspended,
-        ord("I"): _empty_query,
-        ord("V"): _function_result,
-        ord("G"): _copy_in,
-        ord("H"): _copy_out,
-        ord("W"): _copy_both,
-        ord("c"): _copy_done,
-    }
+    @classmethod
+    def handlers(cls) -> dict[int, Callable[[Backend, bytes, int], None]]:
+        """Return the handlers by the message's type."""
+        return {
+            ord("C"): cls._command_complete,
+            ord("Z"): cls._ready,
+            ord("T"): cls._row_description,
+            ord("1"): cls._parse_complete,
+            ord("2"): cls._bind_complete,
+            ord("3"): cls._close_complete,
+            ord("n"): cls._no_data,
+            ord("t"): cls._parameter_description,
+            ord("E"): cls._error,
+            ord("N"): cls._notice,
+            ord("A"): cls._notification,
+            ord("S"): cls._parameter_status,
+            ord("s"): cls._portal_suspended,
+            ord("I"): cls._empty_query,
+            ord("V"): cls._function_result,
+            ord("G"): cls._copy_in,
+            ord("H"): cls._copy_out,
+            ord("W"): cls._copy_both,
+            ord("c"): cls._copy_done,
+        }
+
+
+HANDLERS = Backend.handlers()

@@ -47,7 +47,7 @@ class Step(IntEnum):
 
 
 SYNC: tuple[Step, Any] = (Step.SYNC, None)
-_QUERY = Step.QUERY
+_SYNC, _QUERY = Step.SYNC, Step.QUERY
 
 
 def told(fields: dict[str, str]) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class Pipeline:
         self.copying = running
         steps = self.steps
         if steps[0][0] is Step.EXECUTE:
-            while len(steps) > 1 and steps[1] is SYNC:
+            while len(steps) > 1 and steps[1][0] is _SYNC:
                 del steps[1]
 
     def ready(self, tx: str) -> None:
@@ -230,7 +230,7 @@ class Pipeline:
     def _discard(self, fields: dict[str, str]) -> None:
         """Take off what the server will not answer: the failed step and all up to Sync."""
         steps = self.steps
-        end = next((at for at, step in enumerate(steps) if step is SYNC), len(steps))
+        end = next((at for at, step in enumerate(steps) if step[0] is _SYNC), len(steps))
         self.skipping = end == len(steps)
         taken = steps[:end]
         del steps[:end]

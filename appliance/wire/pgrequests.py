@@ -14,7 +14,7 @@ record tells of.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from appliance.sansio import Audit
 from appliance.wire import pgmessages
@@ -344,21 +344,23 @@ class Requests:
         if self.held >= 0:
             self.announce()
 
-    #: By the message's type: handler(requests, body, offset, end, bytes beyond the body).
-    HANDLERS: ClassVar[dict[int, Callable[[Requests, bytes, int, int, int], None]]] = {
-        ord("Q"): _query,
-        ord("P"): _parse,
-        ord("B"): _bind,
-        ord("E"): _execute,
-        ord("D"): _describe,
-        ord("C"): _close,
-        ord("S"): _sync,
-        ord("H"): _flush,
-        ord("F"): _function_call,
-        ord("c"): _copy_done,
-        ord("f"): _copy_fail,
-        ord("X"): _terminate,
-    }
+    @classmethod
+    def handlers(cls) -> dict[int, Callable[[Requests, bytes, int, int, int], None]]:
+        """Return the handlers by the message's type."""
+        return {
+            ord("Q"): cls._query,
+            ord("P"): cls._parse,
+            ord("B"): cls._bind,
+            ord("E"): cls._execute,
+            ord("D"): cls._describe,
+            ord("C"): cls._close,
+            ord("S"): cls._sync,
+            ord("H"): cls._flush,
+            ord("F"): cls._function_call,
+            ord("c"): cls._copy_done,
+            ord("f"): cls._copy_fail,
+            ord("X"): cls._terminate,
+        }
 
 
 def _target(body: bytes, left: int) -> tuple[bytes, bytes]:
@@ -373,3 +375,6 @@ def _target(body: bytes, left: int) -> tuple[bytes, bytes]:
 def _empty(body: bytes) -> None:
     if body:
         raise Malformed("a message that has no body has one")
+
+
+HANDLERS = Requests.handlers()
