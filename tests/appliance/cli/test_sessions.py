@@ -230,6 +230,17 @@ def test_a_session_is_told_as_a_conversation(narrows, story):
     assert dump in narrows("sessions", "show", session_name(story[0]), "--bytes").out
 
 
+def test_a_long_word_of_a_conversation_does_not_run_into_the_next(narrows):
+    with narrows.evidence.writer() as gate:
+        session = gate.open(protocol="postgresql")
+        gate.record(session, Operation(1, "START_REPLICATION", "start_replication slot a", 0, 9))
+        gate.record(session, Fact("authentication", {"method": "md5"}))
+        gate.close(session)
+    out = narrows("sessions", "show", session_name(session)).out
+    assert " START_REPLICATION start_replication slot a\n" in out
+    assert " authentication method=md5\n" in out
+
+
 def test_show_as_json_is_the_session_object_with_its_records(narrows, story):
     listed = narrows("sessions", "list", "--json").json()[2]
     shown = narrows("sessions", "show", session_name(story[0]), "--json").json()
