@@ -416,9 +416,10 @@ def test_bytes_that_cannot_be_recorded_go_nowhere(gate, how):
     with pytest.raises((ConnectionError, BlockingIOError)):
         raise_for_end(talk.server)
     assert talk.heard(CLIENT) == b""
+    gate.worker._evidence_moved()
     frames, found = finished(gate, talk)
     assert half_stream(frames, talk.session.number, Kind.DOWN_OWN) == b""
-    assert found[-1]["reason"] == "evidence"
+    assert (found[-1]["record"], found[-1]["reason"]) == ("SessionClose", "evidence")
 
 
 def raise_for_end(sock):
