@@ -90,7 +90,7 @@ class Backend:
             kind, length = unpack(buffer, position)
             after = position + 1 + length
             if kind == _DATA_ROW and length >= 4:
-                if after <= last:
+                if after <= last and buffer[after] == _DATA_ROW:
                     after, count = hop(buffer, position, end, kind)
                     self._rows += count
                 else:
@@ -144,7 +144,7 @@ class Backend:
         running.ended = self._pipeline.now
         self._rows, self._mark = 0, after
 
-    def _completed(self, tag: str, after: int) -> Running | None:
+    def _completed(self, tag: str, after: int) -> None:
         """The server is done with an operation."""
         pipeline = self._pipeline
         steps = pipeline.steps
@@ -163,14 +163,18 @@ class Backend:
             wait = True
         else:
             pipeline.mismatch("result")
-            return None
+            return
         running.tag = tag
         self._measure(running, after)
-        pipeline.ended(running, wait=wait)
-        return running
+        if running.names:
+            pipeline.names.confirm_all(running.names)
+        if wait:
+            pipeline.pending = running
+        else:
+            pipeline.end(running, "ok")
 
     def _command_complete(self, body: bytes, after: int) -> None:
-        self._completed(text_of(body[:_MOST_TAG_BYTES]).partition("\0")[0], after)
+        self._completed(pgmessages.tag(body[:_MOST_TAG_BYTES]), after)
 
     def _empty_query(self, _body: bytes, after: int) -> None:
         self._completed("", after)
@@ -232,8 +236,10 @@ class Backend:
             running = statement.running
             if running is not None:
                 self._measure(running, after)
-                steps = self._pipeline.steps
-                self._pipeline.ended(running, wait=bool(steps) and steps[0][0] is _SYNC)
+                if self._pipeline.steps and self._pipeline.steps[0][0] is _SYNC:
+                    self._pipeline.pending = running
+                else:
+                    self._pipeline.end(running, "ok")
 
     def _bind_complete(self, _body: bytes, _after: int) -> None:
         portal = self._answered(_BIND, "BindComplete")

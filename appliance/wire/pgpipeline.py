@@ -154,15 +154,6 @@ class Pipeline:
         )
         self.out.append(Audit(record))
 
-    def ended(self, running: Running, *, wait: bool) -> None:
-        """The server is done with an operation; its Result waits for ReadyForQuery or not."""
-        if running.names:
-            self.names.confirm_all(running.names)
-        if wait:
-            self.pending = running
-        else:
-            self.end(running, "ok")
-
     def synced(self) -> None:
         """The client sent Sync."""
         if self.skipping:

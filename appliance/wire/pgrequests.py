@@ -187,8 +187,8 @@ class Requests:
                 self._no_room()
 
     def _execute(self, body: bytes, at: int, after: int, left: int) -> None:
-        name, position = pgmessages.cstring(body, 0)
-        if left or len(body) != position + 4:
+        name = body[:-5]
+        if left or len(body) < 5 or body.find(0) != len(name):
             raise Malformed("Execute is a name and a number")
         pipeline = self._pipeline
         portal = pipeline.names.portals.get(name)
