@@ -46,13 +46,16 @@ class Store:
         return self.segments / f"{incarnation:08x}.{generation:08x}.pre"
 
     def generations(self) -> list[int]:
-        """Return the generations of the segments on disk, oldest first."""
+        """Return the generations of the segments on disk, oldest first. What is no file is none."""
         found = []
-        for name in os.listdir(self.segments) if self.segments.exists() else []:
-            stem, dot, suffix = name.partition(".")
-            if dot and suffix == "seg" and len(stem) == 8:
-                with contextlib.suppress(ValueError):
-                    found.append(int(stem, 16))
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.segments) as entries:
+            for entry in entries:
+                stem, dot, suffix = entry.name.partition(".")
+                if dot and suffix == "seg" and len(stem) == 8:
+                    with contextlib.suppress(ValueError):
+                        generation = int(stem, 16)
+                        if entry.is_file(follow_symlinks=False):
+                            found.append(generation)
         return sorted(found)
 
     def next_generation(self) -> int:
