@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from typing import TYPE_CHECKING
 
 from capture.errors import EvidenceError
@@ -15,6 +16,8 @@ from capture.errors import EvidenceError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+_COUNT = re.compile("[0-9a-f]{8}")
 
 
 class Store:
@@ -63,8 +66,8 @@ class Store:
         after a crash or when the counter was lost.
         """
         with self._locked(self.evidence / "generation") as fd:
-            text = os.pread(fd, 32, 0).decode("ascii").strip()
-            last = int(text, 16) if text else 0
+            text = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            last = int(text, 16) if _COUNT.fullmatch(text) else 0
             generation = max([last, *self.generations()]) + 1
             if generation >> 24:
                 raise EvidenceError("the generation counter is used up")
