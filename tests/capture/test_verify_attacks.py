@@ -205,6 +205,15 @@ def test_two_segments_that_were_swapped_are_found(any_place):
     assert {finding.segment for finding in invalid(any_place)} >= {first, second}
 
 
+def test_a_state_without_its_whole_ledger_is_incomplete(any_place):
+    shutil.rmtree(any_place.state / "evidence" / "ledger")
+    report = any_place.verify()
+    assert report.exit_code == 2
+    assert {finding.reason for finding in report.findings} == {
+        "nothing was signed yet", "it is not sealed"
+    }  # fmt: skip
+
+
 def test_a_pipe_in_place_of_a_segment_is_named_and_not_waited_for(any_place):
     pipe = any_place.store.segment(0x98)
     os.mkfifo(pipe)
