@@ -231,6 +231,7 @@ class Sensor:
             self._hasher.finished()
         elif self._opens is not None and fd == self._opens.mounts_fd:
             self._opens.mark_mounts()
+            self._census.files.forget_mounts()
         elif self._opens is not None and fd == self._opens.events_fd:
             self._opens.drain()
             return True  # the exec's record
