@@ -8,7 +8,7 @@ into; of other messages at most `MOST_BODY_BYTES` are kept until they are whole.
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from appliance.sansio import UPSTREAM, ProtocolError
 from appliance.wire import pgmessages
@@ -169,7 +169,7 @@ class Backend:
         if running.names:
             pipeline.names.confirm_all(running.names)
         if wait:
-            pipeline.pending = running
+            pipeline.wait(running)
         else:
             pipeline.end(running, "ok")
 
@@ -203,11 +203,10 @@ class Backend:
     def _row_description(self, body: bytes, _after: int) -> None:
         columns = pgmessages.columns(body)
         steps = self._pipeline.steps
-        step, thing = steps[0] if steps else SYNC
-        if step is _DESCRIBE:
-            del steps[0]
-            if thing is not None:
-                thing.columns = columns
+        if steps and steps[0][0] is _DESCRIBE:
+            described = self._answered(_DESCRIBE, "RowDescription")
+            if described is not None:
+                described.columns = columns
             return
         running = self._running()
         if running is not None:
@@ -221,11 +220,14 @@ class Backend:
         if steps and steps[0][0] is Step.DESCRIBE and isinstance(steps[0][1], Statement):
             steps[0][1].oids = pgmessages.parameter_types(body)
 
-    def _answered(self, step: Step, name: str) -> object:
-        """Take the step at hand off; None when it is another one."""
+    def _answered(self, step: Step, name: str) -> Any:
+        """Take the step at hand off; None when it is another one, or its question is held back."""
         steps = self._pipeline.steps
         if steps and steps[0][0] is step:
-            return steps.pop(0)[1]
+            thing = steps[0][1]
+            if thing is None or not thing.silent:
+                del steps[0]
+                return thing
         self._pipeline.mismatch(name)
         return None
 
@@ -237,7 +239,7 @@ class Backend:
             if running is not None:
                 self._measure(running, after)
                 if self._pipeline.steps and self._pipeline.steps[0][0] is _SYNC:
-                    self._pipeline.pending = running
+                    self._pipeline.wait(running)
                 else:
                     self._pipeline.end(running, "ok")
 
