@@ -40,7 +40,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "attribution.wait_ms": (0, 60_000),
     "attribution.replay_entries": (1 << 10, 1 << 26),
 }
-MOST_NAME_CHARS = 64
+MOST_NAME_BYTES = 128
 _PROTOCOLS = frozenset({"tcp", "udp", "icmp", *map(str, range(256))} - {"6"})
 
 
@@ -327,9 +327,11 @@ class _Reader:
     def _check_name(self, key: str, name: str) -> None:
         """Names stand in records, tables, kernel objects and the lab's paths."""
         usable = name.isprintable() and name == name.strip() and "/" not in name
-        if not usable or not 0 < len(name) <= MOST_NAME_CHARS or name in {".", ".."}:
-            hint = f"1 to {MOST_NAME_CHARS} printable characters, no /, no space at the ends"
-            raise self.fail(key, f"{name[:MOST_NAME_CHARS]!r} is no name", hint)
+        if not usable or not 0 < len(name.encode()) <= MOST_NAME_BYTES or name in {".", ".."}:
+            hint = (
+                f"1 to {MOST_NAME_BYTES} bytes of printable characters, no /, no space at the ends"
+            )
+            raise self.fail(key, f"{name[:MOST_NAME_BYTES]!r} is no name", hint)
 
     def _check_protocol(self, route: Route) -> None:
         if route.protocol not in _PROTOCOLS:

@@ -45,7 +45,7 @@ def test_the_ends_of_a_range_are_taken(tmp_path, key):
 
 
 @pytest.mark.parametrize(
-    "name", ["", " x", "a/b", "..", "../../x", "\\u001b[31m", "\\u202e", 65 * "x"]
+    "name", ["", " x", "a/b", "..", "../../x", "\\u001b[31m", "\\u202e", 129 * "x", 65 * "é"]
 )
 def test_a_name_that_records_and_paths_cannot_hold_is_refused(tmp_path, name):
     for kind, rest in (("route", ""), ("account", ACCOUNT.split("\n", 1)[1])):
@@ -72,5 +72,3 @@ def test_every_range_is_documented():
         section = page.split(f"## [{table}]", 1)[1].split("\n## ", 1)[0]
         [row] = re.findall(rf"^\| `{name}` .*$", section, re.MULTILINE)
         assert f"{low} to {high}" in row, key
-
-
