@@ -24,7 +24,7 @@ from appliance.protocols import discover
 from appliance.proxy import effects
 from appliance.proxy.detect import detect
 from appliance.proxy.direction import Direction
-from appliance.proxy.loop import DEAD, ENDED
+from appliance.proxy.loop import DEAD, ENDED, WRITE
 from appliance.proxy.upstream import why
 from appliance.sansio import CLIENT, FOREVER, UPSTREAM, Facts, Layer, Side
 from capture.errors import EvidenceError
@@ -63,7 +63,7 @@ class Session:
 
     def __init__(
         self, worker: Worker, number: int, route: Route, client: tuple[str, int],
-        target: tuple[str, int], near: socket.socket, far: socket.socket, started: int,
+        target: tuple[str, int], near: socket.SocketType, far: socket.SocketType, started: int,
     ) -> None:  # fmt: skip
         self.worker = worker
         self.number = number
@@ -116,14 +116,14 @@ class Session:
         self.worker.dialling.remove(self)
         self.worker.sockets.rename(down.fd, down.event)
         self.connected = True
+        down.pending = mask != WRITE  # the server has spoken already
         self.interest()
-        down.watch()
 
     def interest(self) -> None:
         """Read exactly those sides that may be read now."""
-        if self.closed:
+        if not (self.attributed and self.connected) or self.closed:
             return
-        running = self.attributed and self.connected and not self.stalled
+        running = not self.stalled
         if self.prefix is None:
             reading = self.read_last = self.layer.reading
         else:
@@ -139,7 +139,8 @@ class Session:
             )
             if wanted is not direction.reading:
                 direction.reading = wanted
-                direction.watch()
+                if wanted and (direction.pending or not direction.watched):
+                    direction.watch()
 
     def readable(self, direction: Direction) -> None:
         """The loop says that `direction` has bytes."""
@@ -182,6 +183,7 @@ class Session:
 
     def _detecting(self, direction: Direction) -> None:
         if direction.side is UPSTREAM:
+            direction.pending = True
             self._choose("opaque", "server-first")
             return
         data = direction.receive_private()
@@ -341,9 +343,10 @@ class Session:
             return
         self.closed = True
         self.ending = (reason, by)
-        for timer in (self.timers or {}).values():
-            timer.cancel()
-        self.timers = None
+        if self.timers is not None:
+            for timer in self.timers.values():
+                timer.cancel()
+            self.timers = None
         self.up.close(reset=reset)
         self.down.close(reset=reset)
         if not self.connected:
