@@ -99,7 +99,7 @@ class Gate:
     workers: int = 0  #: processes; 0 means one a core
     listen_port: int = 15001  #: port of the transparent listeners
     connect_timeout_s: float = 10.0  #: for the upstream connection
-    #: how long a client may be silent, or undecided, before its session is opaque
+    #: how long the first bytes of a client may be undecided before its session is opaque
     detect_ms: int = 200
     max_sessions: int = 9000  #: per worker; above it connections wait in the backlog
 
