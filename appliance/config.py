@@ -129,6 +129,16 @@ class Sensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Http:
+    """[http]"""
+
+    #: headers whose values are never in the clear, besides those of docs/protocols/http1.md
+    secret_headers: tuple[str, ...] = ()
+    #: query parameters whose values are never in the clear, besides those listed there
+    secret_parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """[[route]], first match wins"""
 
@@ -182,6 +192,7 @@ class Config:
     evidence: Evidence = field(default_factory=Evidence)
     attribution: Attribution = field(default_factory=Attribution)
     sensor: Sensor = field(default_factory=Sensor)
+    http: Http = field(default_factory=Http)
     route: tuple[Route, ...] = ()
     account: tuple[Account, ...] = ()
     file: str = ""
@@ -277,7 +288,8 @@ class _Reader:
             raise self.fail(key, "must be a list")
         if dataclasses.is_dataclass(item):
             return tuple(self.table(item, entry, f"{key}[{n}]") for n, entry in enumerate(value))
-        return tuple(self._converted(_network, entry, key) for entry in value)
+        convert = _name if item is str else _network
+        return tuple(self._converted(convert, entry, key) for entry in value)
 
     def _converted(self, convert: Any, value: Any, key: str) -> Any:
         try:
@@ -307,6 +319,14 @@ class _Reader:
         for account in config.account:
             if account.match == Match():
                 raise self.fail("account.match", f"account {account.name!r} has no selector")
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(
+        r"[!#$%&'*+.^_`|~\w-]{1,64}", value, re.ASCII
+    ):
+        raise ValueError(f"{value!r} is no name of a header or parameter")
+    return value
 
 
 def _network(value: Any) -> Network:

@@ -176,7 +176,13 @@ class Session:
         if self.timers is not None and "detect" in self.timers:
             self.timers.pop("detect").cancel()
         self.protocol = name
-        facts = Facts(self.number, self.client, self.target, self.worker.keys.digest)
+        facts = Facts(
+            self.number,
+            self.client,
+            self.target,
+            self.worker.keys.digest,
+            self.worker.config.http,
+        )
         self.layer = discover()[name].layer(facts)
         self.record(Detected(name, reason))
         if name == "opaque":
@@ -308,7 +314,7 @@ class Session:
                 self._choose("opaque", "undecided")
             elif not self.protocol:
                 self._choose("opaque", "silent")
-        self._tell_layer(Eof(direction.side, reset=False))
+        self._tell_layer(Eof(direction.side, reset=False, offset=direction.received))
         if self.closed:
             return
         direction.finish()
@@ -346,14 +352,15 @@ class Session:
     def broken(self, direction: Direction, wrong: OSError) -> None:
         """The source was reset: reset the other side too."""
         del wrong
-        self._tell_layer(Eof(direction.side, reset=True))
+        self._tell_layer(Eof(direction.side, reset=True, offset=direction.received))
         self.close("reset", direction.side.value, reset=True)
 
     def sink_broken(self, direction: Direction, wrong: OSError) -> None:
         """The sink takes no more: that side is gone."""
         del wrong
         gone = UPSTREAM if direction.side is CLIENT else CLIENT
-        self._tell_layer(Eof(gone, reset=True))
+        received = (self.up if gone is CLIENT else self.down).received
+        self._tell_layer(Eof(gone, reset=True, offset=received))
         self.close("reset", gone.value, reset=True)
 
     def _tell_layer(self, event: Eof) -> None:
@@ -384,7 +391,13 @@ class Session:
         """
         if self.prefix is not None:
             self._choose("opaque", "evidence-unavailable")
-        facts = Facts(self.number, self.client, self.target, self.worker.keys.digest)
+        facts = Facts(
+            self.number,
+            self.client,
+            self.target,
+            self.worker.keys.digest,
+            self.worker.config.http,
+        )
         self.layer = discover()["opaque"].layer(facts)
         self.up.relay = self.down.relay = FOREVER
 
