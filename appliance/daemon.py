@@ -8,18 +8,18 @@ The only place where the parts of a process are put together. `appliance.cli` ca
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import resource
 import signal
 import time
-from typing import TYPE_CHECKING
-
-import uvloop
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from appliance.attribution import Attributor, Register, ReplayCache, SensorLink, check_overlaps
 from appliance.live import ControlSocket
 from appliance.proxy import redirect
+from appliance.proxy.loop import GateLoop
 from appliance.proxy.worker import Worker
 from capture.crypt import Keys
 from capture.errors import EvidenceError
@@ -29,11 +29,16 @@ from capture.store import Store
 from ebpf.table import OwnerTable
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from appliance.config import Config
+
+Answer = TypeVar("Answer")
 
 log = logging.getLogger("narrows.daemon")
 
 EXPIRE_S = 5.0
+FLOWS_S, CROWDED_S = 10.0, 1.0
 SEAL_S = 0.2
 
 
@@ -42,12 +47,12 @@ def gate(config: Config, number: int) -> int:
     check_overlaps(config.account, config.file)
     _all_descriptors()
     own = redirect.own_addresses()  # netlink before the loop: pyroute2 runs a loop of its own
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_gate(config, number, own))
+    loop = GateLoop()
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        return runner.run(_gate(config, number, own, loop))
 
 
-async def _gate(config: Config, number: int, own: set[str]) -> int:
-    loop = asyncio.get_running_loop()
+async def _gate(config: Config, number: int, own: set[str], loop: GateLoop) -> int:
     store = Store(config.paths.state, config.paths.run)
     store.prepare()
     keys = Keys.load_or_create(config.paths.state)
@@ -66,9 +71,9 @@ async def _gate(config: Config, number: int, own: set[str]) -> int:
         store, keys, f"gate-{number}", role="gate", worker=number, settings=_settings(config),
         wake=worker.wake, config_sha256=config.sha256,
     )  # fmt: skip
-    if number == 0:
-        await asyncio.to_thread(_record_bypass, writer)
     worker.start(writer)
+    stopping = asyncio.Event()
+    kernel = loop.create_task(_record_kernel(config, writer, stopping)) if number == 0 else None
     control = ControlSocket(worker, config.paths.run / f"gate-{number}.sock")
     await control.start()
     loop.call_later(EXPIRE_S, _expire, loop, table)
@@ -81,6 +86,9 @@ async def _gate(config: Config, number: int, own: set[str]) -> int:
     stopped = loop.create_future()
     worker.stop(lambda: stopped.done() or stopped.set_result(None))
     await asyncio.wait_for(stopped, 30)
+    stopping.set()
+    if kernel is not None:
+        await kernel
     link.close()
     writer.close("stopped")
     return 0
@@ -106,6 +114,22 @@ def seal(config: Config) -> int:
     return 0
 
 
+def sensor(config: Config) -> int:
+    """Run the sensor until SIGTERM or SIGINT; return the exit code."""
+    from ebpf import procfs
+    from ebpf.sensor import SensorSettings, run
+
+    settings = SensorSettings(
+        cgroup=procfs.cgroup_mount() / config.sensor.cgroup.strip("/"),
+        socket=config.paths.run / "sensor.sock",
+        blob=config.paths.blob,
+        prefixes=config.sensor.prefixes,
+        covers=config.sensor.covers,
+        host=config.sensor.host,
+    )
+    return run(settings)
+
+
 def _settings(config: Config) -> WriterSettings:
     evidence = config.evidence
     return WriterSettings(
@@ -116,22 +140,57 @@ def _settings(config: Config) -> WriterSettings:
     )
 
 
-def _record_bypass(writer: SegmentWriter) -> None:
-    """Record what passed while no gate was there; durable before the counters start anew.
+async def _record_kernel(config: Config, writer: SegmentWriter, stopping: asyncio.Event) -> None:
+    """Record what the kernel lets pass by itself: bypasses at start, flows now and at the stop.
 
-    Called on a thread: netlink has a loop of its own, and the disk is waited for. When the disk
-    does not take it, the counters stay as they are and the next start records them.
+    Records are written on the loop; netlink is asked on threads, because pyroute2 runs a loop of
+    its own.
     """
-    gaps = redirect.bypass_gaps()
+    await _try("the redirect is not checked", _warn(config))
+    with redirect.alone(config.paths.run, wait=False) as mine:
+        if mine:
+            await _try("what passed without a gate is not recorded yet", _record_bypass(writer))
+    crowded = stopped = False
+    while not stopped:
+        with contextlib.suppress(TimeoutError):
+            stopped = await asyncio.wait_for(stopping.wait(), CROWDED_S if crowded else FLOWS_S)
+        with redirect.alone(config.paths.run, wait=False) as mine:
+            if mine:
+                flows = await _try("flows are not recorded yet", _record_flows(writer))
+                crowded = (flows or 0) > redirect.CROWD
+
+
+async def _record_flows(writer: SegmentWriter) -> int:
+    meter = redirect.FlowMeter()
+    return await redirect.record_flows(meter, lambda flow: writer.record(0, flow, flow.until))
+
+
+async def _warn(config: Config) -> None:
+    for problem in await asyncio.to_thread(redirect.check, config):
+        log.warning("redirect: %s", problem)
+
+
+async def _record_bypass(writer: SegmentWriter) -> None:
+    """Record what passed while no gate was there, and start the kernel's counters anew.
+
+    The listeners are open already, so nothing more passes. The records are in memory that survives
+    the death of every process; loss of power takes the counters as well, so the disk is not waited
+    for.
+    """
+    gaps = await asyncio.to_thread(redirect.bypass_gaps)
+    for gap in gaps:
+        writer.record(0, gap, gap.until)
+    for late in await asyncio.to_thread(redirect.settle_bypass, gaps):
+        writer.record(0, late, late.until)
+
+
+async def _try(what: str, work: Coroutine[Any, Any, Answer]) -> Answer | None:
+    """Do a part of a task that must not end; `what` is logged when kernel or disk refuse it."""
     try:
-        for gap in gaps:
-            writer.record(0, gap, gap.until)
-        if gaps:
-            writer.wait_durable()
-        for late in redirect.settle_bypass(gaps):
-            writer.record(0, late, late.until)
-    except EvidenceError:
-        log.exception("what passed without a gate is not recorded yet")
+        return await work
+    except (EvidenceError, redirect.NetlinkError, OSError):
+        log.exception("%s", what)
+        return None
 
 
 def _expire(loop: asyncio.AbstractEventLoop, table: OwnerTable) -> None:

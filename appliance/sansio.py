@@ -191,6 +191,13 @@ class Layer(Interface):
         """
         ...
 
+    def held(self, side: Side) -> bytes:
+        """Return what `side` sent that the layer was given and has not forwarded; after `handle`
+        failed, the bytes of that event are part of it. The driver sends them itself when it goes
+        on without the layer.
+        """
+        ...
+
     @property
     def reading(self) -> frozenset[Side]:
         """The sides whose bytes the layer can take now: the only backpressure there is."""

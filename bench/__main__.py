@@ -1,19 +1,34 @@
-"""`./run bench [bulk|pg|connect|idle ...] [--rounds N] [--json]`."""
+"""`./run bench [bulk|pg|connect|pingpong|idle ...] [--rounds N] [--json]`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
+import re
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-from bench.capture_check import check_capture
+from appliance.lab.interrupt import interruptible
+from bench.capture_check import CaptureCheck
+from bench.idle import idle
+from bench.pg import pg
 from bench.report import Report
-from bench.stage import Stage
-from bench.works import WORKS
+from bench.stage import Stage, StageError
+from bench.works import bulk, connect, pingpong
+from capture.crypt import Keys
+
+WORKS = {"bulk": bulk, "connect": connect, "pingpong": pingpong, "idle": idle, "pg": pg}
+VERSIONS = {
+    "haproxy": ["haproxy", "-v"],
+    "pgbouncer": ["pgbouncer", "--version"],
+    "postgresql": ["psql", "--version"],
+}
 
 
 def _machine() -> dict[str, object]:
@@ -24,33 +39,65 @@ def _machine() -> dict[str, object]:
             break
     return {
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "cpu": model,
-        "cores": os.cpu_count(),
+        "cpu": f"{os.cpu_count()} x {model}",
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "load": os.getloadavg()[0],
+        "uvloop": importlib.metadata.version("uvloop"),
+        **{name: _version(argv) for name, argv in VERSIONS.items()},
+        "load before": f"{os.getloadavg()[0]:.2f}",
     }
 
 
-def main() -> int:
-    """Run the works and print the report; 1 when a capture differs from what was sent."""
+def _version(argv: list[str]) -> str:
+    said = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"\d+\.\d+[\w.]*", said)
+    return found[0] if found else "unknown"
+
+
+def _words() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./run bench", description=__doc__)
     parser.add_argument("work", nargs="*", choices=[[], *WORKS], default=[])
     parser.add_argument(
         "--rounds", type=int, default=5, help="counted rounds of every path (default 5)"
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
     words = parser.parse_args()
-    report = Report(_machine())
+    if words.rounds < 1:
+        parser.error("--rounds is 1 or more")
+    return words
+
+
+def _run(words: argparse.Namespace, report: Report) -> bool:
+    check = CaptureCheck()
     with Stage() as stage:
         for name in words.work or list(WORKS):
             print(f"bench: {name}", file=sys.stderr, flush=True)
             WORKS[name](stage, report, words.rounds)
-        correct = check_capture(stage, report)
-    if words.json:
-        print(json.dumps(report.as_json()))
-    else:
-        print(f"{report.machine}\n\n{report.text()}")
+        print("bench: comparing the capture with what was sent", file=sys.stderr, flush=True)
+        stage.lab.stop()  # in an orderly way: everything is committed after it
+        check.read(stage.store, Keys.load(stage.store.state))
+        check.finish(stage.sent)
+    report.checks += check.lines()
+    return not check.problems
+
+
+def main() -> int:
+    """Run the works and print the report; 1 when a capture differs from what was sent."""
+    words = _words()
+    interruptible(signal.SIGTERM, signal.SIGHUP)
+    started = time.monotonic()
+    report = Report(_machine())
+    try:
+        correct = _run(words, report)
+    except StageError as wrong:
+        print(f"bench: {wrong}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return 130
+    report.machine["load after"] = f"{os.getloadavg()[0]:.2f}"
+    report.machine["took"] = f"{time.monotonic() - started:.0f} s, {words.rounds} rounds"
+    print(json.dumps(report.as_json()) if words.json else report.text())
     return 0 if correct else 1
 
 

@@ -9,10 +9,24 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+WINDOW_S = 0.25
+WINDOWS = 3  #: so many idle windows in a row: longer than the seal sleeps between two looks
+BUSY = 0.08  #: share of a core above which a window counts as busy
 
 
-def cpu_seconds(cgroup: Path) -> float:
-    """Return the CPU time that the processes of `cgroup` have used, user and system, in seconds."""
+def cpu_seconds(*cgroups: Path) -> float:
+    """Return the CPU time that the processes of `cgroups` have used, user and system, in
+    seconds.
+    """
+    return sum(_usage(cgroup) for cgroup in cgroups)
+
+
+def _usage(cgroup: Path) -> float:
     for line in (cgroup / "cpu.stat").read_text().splitlines():
         name, _, value = line.partition(" ")
         if name == "usage_usec":
@@ -30,12 +44,22 @@ def anonymous_kib(cgroup: Path) -> int:
     return total
 
 
-def wait_idle(cgroup: Path, *, longest_s: float = 120.0) -> float:
-    """Wait until `cgroup` uses under 8 % of a core over one second; return the seconds waited."""
-    started = time.monotonic()
-    while time.monotonic() - started < longest_s:
-        before = cpu_seconds(cgroup)
-        time.sleep(1.0)
-        if cpu_seconds(cgroup) - before < 0.08:
-            break
-    return time.monotonic() - started
+def until_idle(cgroups: Iterable[Path], *, longest_s: float = 60.0) -> float:
+    """Wait until `cgroups` have nothing left to do; return when (monotonic) the last work ended.
+
+    RuntimeError when they are still busy after `longest_s`.
+    """
+    groups = tuple(cgroups)
+    start = busy = time.monotonic()
+    quiet = 0
+    while quiet < WINDOWS:
+        before = cpu_seconds(*groups)
+        time.sleep(WINDOW_S)
+        now = time.monotonic()
+        if cpu_seconds(*groups) - before < BUSY * WINDOW_S:
+            quiet += 1
+            continue
+        quiet, busy = 0, now
+        if now - start > longest_s:
+            raise RuntimeError(f"still busy after {longest_s:g} s: {[g.name for g in groups]}")
+    return busy

@@ -1,25 +1,48 @@
 """Is what the gate recorded in the bench what was sent? Compared byte for byte, from the segments
 themselves.
+
+Content is known: load.c sends a fixed pattern, and its echo is compared with what was recorded of
+the other direction. Completeness is known from the clients: what they counted as done must be in
+the record.
 """
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
+import struct
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from capture import frames
-from capture.crypt import Keys
-from capture.frames import Kind
-from capture.store import Store
+from capture.frames import Kind, session_name
+from capture.records import KINDS, Operation, decode
 from capture.tail import SegmentReader
 
 if TYPE_CHECKING:
-    from bench.report import Report
-    from bench.stage import Stage
+    from collections.abc import Iterator
+
+    from capture.crypt import Keys
+    from capture.store import Store
 
 PIECE = 256 * 1024
-HEADER = 16
+SMALL = 100
+HEADER = struct.Struct("<c7xQ")
+OPERATION = KINDS[Operation]
+QUERY = "abalance"  #: stands in pgbench's statement and in none of its own questions
+MOST_TOLD = 10
+
+
+@dataclass(slots=True)
+class Sent:
+    """What the clients did through the gate."""
+
+    downloads: list[int] = field(default_factory=list)  #: bytes of each
+    uploads: list[int] = field(default_factory=list)
+    trips: int = 0  #: completed round trips of SMALL bytes
+    queries: int = 0  #: completed queries of pgbench
+
+    def bulk(self, way: str, size: int) -> None:
+        """Note one bulk connection."""
+        (self.downloads if way == "down" else self.uploads).append(size)
 
 
 def pattern() -> bytes:
@@ -31,39 +54,117 @@ def pattern() -> bytes:
     return bytes(made)
 
 
-def check_capture(stage: Stage, report: Report) -> bool:
-    """Compare every bulk session's recorded bytes with the pattern; say in the report what was
-    found.
-    """
-    time.sleep(1.0)
-    store, keys = Store(stage.state, stage.run), Keys.load(stage.state)
-    doubled = pattern() * 3
-    position: dict[tuple[int, int], int] = defaultdict(int)
-    modes: dict[int, bytes] = {}
-    compared = wrong = 0
-    for generation in store.generations():
-        with SegmentReader(store.segment(generation), keys) as reader:
-            for commit in reader.commits():
-                for kind, session, _, offset, payload, _ in frames.walk(
-                    reader.plaintext(commit), reader.header.incarnation
-                ):
-                    if kind > Kind.DOWN:
-                        continue
-                    key = (session, kind)
-                    if offset != position[key]:
-                        wrong += 1
-                    position[key] = offset + len(payload)
-                    if kind == Kind.UP and offset == 0:
-                        modes[session] = bytes(payload[:1])
-                    if modes.get(session) == b"d" and kind == Kind.DOWN:
-                        skip = 0
-                    elif modes.get(session) == b"u" and kind == Kind.UP:
-                        skip = HEADER
-                    else:
-                        continue
-                    start = max(skip - offset, 0)
-                    at = (offset + start - skip) % PIECE
-                    compared += len(payload) - start
-                    wrong += payload[start:] != doubled[at : at + len(payload) - start]
-    report.checks.append(f"capture compared byte for byte: {compared} bytes, {wrong} differences")
-    return wrong == 0
+@dataclass(slots=True)
+class _Half:
+    """One recorded half-stream: what it must hold, from `skip` on, over and over."""
+
+    content: memoryview  #: at least two periods long
+    period: int
+    skip: int = 0
+    received: int = 0
+
+    def take(self, offset: int, payload: memoryview) -> str:
+        """Compare the next frame; return what is wrong with it, or nothing."""
+        expected, self.received = self.received, offset + len(payload)
+        if offset != expected:
+            return f"offset {offset} follows {expected}"
+        start = max(self.skip - offset, 0)
+        at = offset + start
+        while start < len(payload):
+            place = (at - self.skip) % self.period
+            length = min(len(payload) - start, len(self.content) - place)
+            if payload[start : start + length] != self.content[place : place + length]:
+                return f"bytes {at} to {at + length} differ"
+            start, at = start + length, at + length
+        return ""
+
+
+class CaptureCheck:
+    """Reads every segment of a store and compares. `problems` stays empty when all is well."""
+
+    def __init__(self) -> None:
+        long = memoryview(pattern() * 3)
+        small = bytes(long[:SMALL]) * 2000
+        self._bulk, self._small = (long, PIECE), (memoryview(small), SMALL)
+        self._halves: dict[tuple[int, int], _Half] = {}
+        self._modes: dict[int, tuple[bytes, int]] = {}
+        self.recorded = Sent()
+        self.compared = 0
+        self.problems: list[str] = []
+
+    def read(self, store: Store, keys: Keys) -> None:
+        """Walk all frames of the store."""
+        for generation in store.generations():
+            with SegmentReader(store.segment(generation), keys) as reader:
+                self._walk(
+                    frame
+                    for commit in reader.commits()
+                    for frame in frames.walk(reader.plaintext(commit), reader.header.incarnation)
+                )
+
+    def _walk(self, found: Iterator[tuple[int, int, int, int, memoryview, int]]) -> None:
+        for kind, session, _, offset, payload, _ in found:
+            if kind <= Kind.DOWN:
+                self._data(kind, session, offset, payload)
+            elif kind == OPERATION and QUERY in decode(kind, payload)["text"]:
+                self.recorded.queries += 1
+
+    def _data(self, kind: int, session: int, offset: int, payload: memoryview) -> None:
+        if session not in self._modes:
+            self._begin(session, payload)
+        half = self._halves.get((session, kind))
+        if half is None:
+            return
+        wrong = half.take(offset, payload)
+        self.compared += len(payload)
+        if wrong:
+            self._problem(f"session {session_name(session)}, {Kind(kind).name}: {wrong}")
+
+    def _begin(self, session: int, payload: memoryview) -> None:
+        """Learn from a session's first bytes what it is; one that load.c did not open is let be."""
+        mode, total = (b"", 0)
+        if len(payload) >= HEADER.size and payload[0] in b"dup" and not any(payload[1:8]):
+            mode, total = HEADER.unpack_from(payload)
+        self._modes[session] = (mode, total)
+        content, period = self._bulk if mode in b"du" else self._small
+        if mode in (b"u", b"p"):
+            self._halves[session, Kind.UP] = _Half(content, period, HEADER.size)
+        if mode in (b"d", b"p"):
+            self._halves[session, Kind.DOWN] = _Half(content, period)
+
+    def finish(self, sent: Sent) -> None:
+        """Compare what is recorded, as a whole, with what the clients did."""
+        for session, (mode, total) in self._modes.items():
+            if mode == b"p":
+                self.recorded.trips += self._halves[session, Kind.DOWN].received // SMALL
+            elif mode:
+                kind, skip = (Kind.DOWN, 0) if mode == b"d" else (Kind.UP, HEADER.size)
+                received = self._halves[session, kind].received - skip
+                self.recorded.bulk("down" if mode == b"d" else "up", received)
+                if received != total:
+                    name = session_name(session)
+                    self._problem(f"session {name}: {received} of {total} bytes are recorded")
+        for name in ("downloads", "uploads"):
+            recorded, wanted = sorted(getattr(self.recorded, name)), sorted(getattr(sent, name))
+            if recorded != wanted:
+                self._problem(f"{name}: {len(recorded)} are recorded, {len(wanted)} were made")
+        # The last ones under way when a client's time was up are recorded, and counted by nobody.
+        for name in ("trips", "queries"):
+            recorded_count, count = getattr(self.recorded, name), getattr(sent, name)
+            if recorded_count < count:
+                self._problem(f"{name}: {recorded_count} are recorded, {count} were made")
+
+    def _problem(self, text: str) -> None:
+        if len(self.problems) < MOST_TOLD:
+            self.problems.append(text)
+
+    def lines(self) -> list[str]:
+        """Return what the report says."""
+        found = self.recorded
+        differences = f"{len(self.problems) or 'no'} differences"
+        bulk = f"{len(found.downloads)} downloads, {len(found.uploads)} uploads"
+        return [
+            f"capture compared byte for byte: {self.compared} bytes, {differences}",
+            f"recorded: {bulk}, {found.trips} round trips, {found.queries} queries",
+            *(f"DIFFERENT: {problem}" for problem in self.problems),
+        ]

@@ -1,9 +1,11 @@
 // load: the bench's load generator, one epoll loop a process.
 //
-//   load server ADDR PORT                      serves all four kinds of client below
+//   load server ADDR PORT                      serves every kind of client below but pgidle
 //   load down|up ADDR PORT CONNECTIONS BYTES   each connection moves BYTES, one way
 //   load connect ADDR PORT CONNECTIONS SECONDS connect, 100 bytes there and back, close, again
+//   load pingpong ADDR PORT CONNECTIONS SECONDS  100 bytes there and back, again, on connections that stay
 //   load idle ADDR PORT CONNECTIONS            one round trip each, then holds them until stdin ends
+//   load pgidle ADDR PORT CONNECTIONS          the same with PostgreSQL: login as "postgres" and one query
 //
 // A client starts with a 16-byte header: mode (1), 7 zero bytes, total bytes (u64 LE). Bulk bytes are
 // a fixed pattern: byte i of a stream is PATTERN[i % sizeof PATTERN], so that a capture can be checked.
@@ -229,7 +231,8 @@ static int compare(const void *a, const void *b) {
   return (x > y) - (x < y);
 }
 
-static int churn(int connections, double seconds) {
+// Round trips of SMALL bytes for `seconds`: each on a connection of its own, or all on those that stay.
+static int trips(int connections, double seconds, int stay) {
   size_t room = 4000000, count = 0;
   uint32_t *latency_us = malloc(room * sizeof *latency_us);
   struct connection *all = calloc((size_t)connections, sizeof *all);
@@ -238,37 +241,68 @@ static int churn(int connections, double seconds) {
   struct epoll_event ready[BATCH];
   for (;;) {
     int n = epoll_wait(poller, ready, BATCH, 10000);
-    if (n <= 0) die("connect: no progress in 10 s");
+    if (n <= 0) die("no progress in 10 s");
     uint64_t t = now_ns();
     if (t > until) break;
     for (int i = 0; i < n; i++) {
       struct connection *c = ready[i].data.ptr;
       ssize_t got = read(c->fd, scratch, SMALL);
-      if (got <= 0) die("connect: early end");
+      if (got <= 0) die("early end");
       c->done += (uint64_t)got;
       if (c->done < SMALL) continue;
       if (count < room) latency_us[count++] = (uint32_t)((now_ns() - c->started) / 1000);
+      if (stay) {
+        c->started = now_ns();
+        c->done = 0;
+        if (send(c->fd, pattern, SMALL, MSG_NOSIGNAL) != SMALL) die("send");
+        continue;
+      }
       close(c->fd);
       start_round(c);
     }
   }
   double took = (double)(now_ns() - started) / 1e9;
   qsort(latency_us, count, sizeof *latency_us, compare);
-  printf("{\"connections\":%zu,\"seconds\":%.3f,\"p50_us\":%u,\"p99_us\":%u}\n", count, took,
+  printf("{\"trips\":%zu,\"seconds\":%.3f,\"p50_us\":%u,\"p99_us\":%u}\n", count, took,
          count ? latency_us[count / 2] : 0, count ? latency_us[count * 99 / 100] : 0);
   return 0;
 }
 
-static int idle(int connections) {
-  for (int i = 0; i < connections; i++) {
-    int fd = dial();
-    say(fd, 'p', 0, SMALL);
-    for (ssize_t got = 0; got < SMALL;) {
-      ssize_t n = read(fd, scratch, (size_t)(SMALL - got));
-      if (n <= 0) die("idle: read");
-      got += n;
-    }
+static void one_trip(int fd) {
+  say(fd, 'p', 0, SMALL);
+  for (ssize_t got = 0; got < SMALL;) {
+    ssize_t n = read(fd, scratch, (size_t)(SMALL - got));
+    if (n <= 0) die("idle: read");
+    got += n;
   }
+}
+
+// Reads PostgreSQL messages up to and with ReadyForQuery, which is the last one that comes.
+static void until_ready(int fd) {
+  size_t have = 0;
+  for (;;) {
+    ssize_t n = read(fd, scratch + have, sizeof scratch - have);
+    if (n <= 0) die("pgidle: read");
+    have += (size_t)n;
+    if (scratch[0] == 'E') {
+      fprintf(stderr, "pgidle: the server answered an error\n");
+      exit(1);
+    }
+    if (have >= 6 && !memcmp(scratch + have - 6, "Z\0\0\0\5", 5)) return;
+  }
+}
+
+static void one_login(int fd) {
+  static const char startup[] = "\0\0\0\51\0\3\0\0user\0postgres\0database\0postgres\0";
+  static const char query[] = "Q\0\0\0\15SELECT 1";
+  if (send(fd, startup, sizeof startup, MSG_NOSIGNAL) != sizeof startup) die("pgidle: send");
+  until_ready(fd);
+  if (send(fd, query, sizeof query, MSG_NOSIGNAL) != sizeof query) die("pgidle: send");
+  until_ready(fd);
+}
+
+static int idle(int connections, void (*begin)(int)) {
+  for (int i = 0; i < connections; i++) begin(dial());
   printf("{\"open\":%d}\n", connections);
   fflush(stdout);
   while (read(0, scratch, sizeof scratch) > 0) continue;
@@ -293,8 +327,10 @@ int main(int count, char **words) {
   if (!strcmp(words[1], "server")) server(words[3]);
   if (count < 5) return 2;
   int connections = atoi(words[4]);
-  if (!strcmp(words[1], "idle")) return idle(connections);
+  if (!strcmp(words[1], "idle")) return idle(connections, one_trip);
+  if (!strcmp(words[1], "pgidle")) return idle(connections, one_login);
   if (count < 6) return 2;
-  if (!strcmp(words[1], "connect")) return churn(connections, atof(words[5]));
+  if (!strcmp(words[1], "connect")) return trips(connections, atof(words[5]), 0);
+  if (!strcmp(words[1], "pingpong")) return trips(connections, atof(words[5]), 1);
   return bulk(words[1][0], connections, strtoull(words[5], NULL, 10));
 }

@@ -1,120 +1,148 @@
-"""The bench's stage: one lab of its own, with every peer running, and a switch between the paths.
+"""The bench's stage: a lab of its own with the whole appliance, its peers beside it, and a switch
+between the paths.
 
 One trio of namespaces serves all paths, so that client, server and wires are the same; what changes
 between runs is where the redirect leads: to the gate's listener, to a haproxy's, or nowhere
 (direct). pgbouncer is reached at the gate host's own address. Each program runs in a cgroup of its
-own.
+own. All names are fixed, so that the next run removes what a killed one left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from appliance.config import Config, load
+from appliance import live
+from appliance.config import load
 from appliance.lab import cgroups, topology
+from appliance.lab.place import Place
+from appliance.lab.running import Lab
 from appliance.proxy import redirect
+from bench.capture_check import Sent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from appliance.config import Config
+    from capture.store import Store
 
 HERE = Path(__file__).parent
+NAME = "narrows-bench"
+ACCOUNT = "ci-deployer"  #: of the lab's configuration: what the clients run as
 PEERS = {"haproxy": 15011, "haproxy-256k": 15012}
-LOAD_PORT = 7000
+LOAD_PORT, PG_PORT, PGBOUNCER_PORT = 7000, 5432, 6432
+READY_S = 20.0
+EARLY_DEMUX = Path("/proc/sys/net/ipv4/tcp_early_demux")  #: of the calling thread's namespace
+_AS_POSTGRES = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "--")
 
-CONFIGURATION = """
-[paths]
-state = "{state}"
-run = "{run}"
-[gate]
-workers = 1
-listen_port = {port}
-[evidence]
-segment_bytes = 268435456
-[redirect]
-clients = ["192.0.2.0/24", "2001:db8:1::/64"]
-bypass = ["192.0.2.1/32"]
-[[route]]
-name = "all"
-"""
+
+class StageError(Exception):
+    """The stage cannot be built; the message says why."""
 
 
 class Stage:
     """A context manager; everything it starts and makes is gone after it."""
 
     def __init__(self) -> None:
-        self.name = f"nb{os.getpid()}"
-        self.topology = topology.Topology(self.name)
-        self.work = Path(tempfile.mkdtemp(prefix="narrows-bench-", dir="/var/tmp"))
-        self.run = Path(tempfile.mkdtemp(prefix="narrows-bench-", dir="/dev/shm"))
-        self.cgroup = cgroups.root() / self.name
-        self._programs: list[subprocess.Popen[Any]] = []
+        self.place = Place(
+            prefix="nbench",
+            folder=Path("/run") / NAME,
+            disk=Path("/var/tmp") / NAME,
+            memory=Path("/dev/shm") / NAME,
+            management=False,
+        )
+        self.lab = Lab(self.place)
+        self.sent = Sent()  #: through the gate, by all works
         self._configs: dict[str, Config] = {}
+        self._programs: dict[str, tuple[str, Sequence[str], subprocess.Popen[Any]]] = {}
 
     def __enter__(self) -> Self:
+        self._lock = os.open(f"/run/{NAME}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            self._build_load()
-            topology.up(self.topology)
-            self._start("load", "server", [str(self.load), "server", "0.0.0.0", str(LOAD_PORT)])
-            for path, port in {"gate": 15001, **PEERS}.items():
-                self._configs[path] = self._configure(path, port)
-            self.start_gate()
-            self._start_haproxies()
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise StageError("another bench is running on this machine") from None
+        try:
+            self._build()
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         return self
 
+    def _build(self) -> None:
+        self.lab.up("[gate]\nworkers = 1\n")
+        argv = ["gcc", "-O2", "-o", str(self.load), str(HERE / "load.c")]
+        subprocess.run(argv, check=True)
+        self._start("load", "server", [str(self.load), "server", "0.0.0.0", str(LOAD_PORT)])
+        self._configs["gate"] = self.lab.config
+        for path, port in PEERS.items():
+            self._configs[path] = self._redirected(path, port)
+            self._start_haproxy(path, port)
+        self.use("direct")
+        self._wait_for(lambda: self._accepts("server", topology.SERVER4, LOAD_PORT), "the server")
+        for path in PEERS:
+            self.use(path)
+            self._wait_for(lambda: self._accepts("client", topology.SERVER4, LOAD_PORT), path)
+
     def __exit__(self, *_: object) -> None:
-        for program in reversed(self._programs):
-            with contextlib.suppress(ProcessLookupError):
-                program.send_signal(signal.SIGTERM)
-        for program in self._programs:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                program.wait(10)
-        cgroups.remove(self.cgroup)
-        for program in self._programs:
-            program.wait()
-        topology.down(self.topology)
-        shutil.rmtree(self.work, ignore_errors=True)
-        shutil.rmtree(self.run, ignore_errors=True)
+        try:
+            self.lab.down()  # ends every process by its cgroup, in whatever state they are
+            for _role, _argv, process in self._programs.values():
+                process.wait()
+            Path(f"/run/{NAME}.lock").unlink(missing_ok=True)
+        finally:
+            os.close(self._lock)
 
     @property
     def load(self) -> Path:
         """Return the load generator."""
-        return self.work / "load"
+        return self.place.disk / "load"
 
     @property
-    def state(self) -> Path:
-        """Return the state directory of the gate under measurement."""
-        return self.work / "state"
+    def store(self) -> Store:
+        """Return the evidence of the gate under measurement."""
+        from capture.store import Store
+
+        return Store(self.lab.config.paths.state, self.lab.config.paths.run)
+
+    @property
+    def behind(self) -> tuple[Path, ...]:
+        """Return the cgroups of what works for the gate worker, and after it."""
+        return self.group("seal"), self.group("sensor")
 
     def group(self, name: str) -> Path:
         """Return a program's cgroup."""
-        return cgroups.make(self.cgroup / name)
+        return cgroups.make(self.place.cgroup / name)
 
     def use(self, path: str) -> None:
-        """Lead the client's connections through `path`: gate, a haproxy, or "direct"."""
+        """Lead the client's connections through `path`: gate, a haproxy, or nowhere."""
+        gate = self.place.topology.namespace("gate")
         if path in self._configs:
-            topology.run(self.topology.namespace("gate"), redirect.apply, self._configs[path])
+            topology.run(gate, redirect.apply, self._configs[path])
         else:
-            topology.run(self.topology.namespace("gate"), redirect.undo)
+            topology.run(gate, redirect.undo)
+        # A proxy leaves TIME_WAIT sockets with the client's address behind. The kernel's early
+        # look-up finds them for a routed packet of the same ports, and ip_forward drops a packet
+        # that belongs to a local socket: with it, some direct connections would never open.
+        topology.run(gate, EARLY_DEMUX.write_text, str(int(path in self._configs)))
 
     def client(
-        self, argv: list[str], *, environment: dict[str, str] | None = None, longest_s: float = 120
+        self, argv: list[str], *, environment: dict[str, str] | None = None, longest_s: float = 60
     ) -> str:
         """Run a client program to its end and return what it printed; RuntimeError when it
         failed.
         """
-        program = topology.start(
-            self.topology.namespace("client"), argv, cgroup=self.group("client"), text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, **(environment or {})},
+        program = self.lab.spawn(
+            "client", argv, account=ACCOUNT, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | (environment or {}),
         )  # fmt: skip
         try:
             out, err = program.communicate(timeout=longest_s)
@@ -123,112 +151,115 @@ class Stage:
                 program.kill()
                 program.wait()
         if program.returncode:
-            raise RuntimeError(f"{argv[0]} failed: {err.strip()[-400:]}")
+            raise RuntimeError(f"{argv[0]} failed: {err.strip()[-400:]}\n{self.lab.logs()}")
         return str(out)
 
     def open_client(self, argv: list[str]) -> subprocess.Popen[Any]:
         """Start a client program that is told to end by the end of its input."""
-        return topology.start(
-            self.topology.namespace("client"), argv, cgroup=self.group("client"),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+        return self.lab.spawn(
+            "client", argv, account=ACCOUNT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
 
-    def _build_load(self) -> None:
-        subprocess.run(["gcc", "-O2", "-o", str(self.load), str(HERE / "load.c")], check=True)
+    def restart(self, path: str) -> None:
+        """End the program of a path and start it anew: its memory is what it is after a start."""
+        if path == "gate":
+            (old,) = cgroups.pids(self.group("gate"))
+            os.kill(old, signal.SIGTERM)
+            self._wait_for(lambda: self._gate_answers(old), "the gate")
+            return
+        role, argv, process = self._programs[path]
+        process.terminate()
+        process.wait(10)
+        self._start(path, role, argv)
+        self._wait_for(lambda: self._accepts("client", topology.SERVER4, LOAD_PORT), path)
 
-    def _configure(self, path: str, port: int) -> Config:
-        file = self.work / f"{path}.toml"
-        file.write_text(CONFIGURATION.format(state=self.state, run=self.run, port=port))
+    def _gate_answers(self, old: int) -> bool:
+        for path in live.workers(self.lab.config.paths.run):
+            with contextlib.suppress(OSError, ValueError):
+                stats = live.ask(path, {"do": "stats"})
+                return bool(stats["pid"] != old and stats["sensor"])
+        return False
+
+    def _redirected(self, path: str, port: int) -> Config:
+        file = self.place.folder / f"{path}.toml"
+        words = f"[gate]\nworkers = 1\nlisten_port = {port}\n"
+        file.write_text(self.place.configuration(words), encoding="utf-8")
         return load(file)
 
-    def start_gate(self) -> None:
-        """Start one gate worker and the seal."""
-        config = str(self.work / "gate.toml")
-        narrows = [sys.executable, "-m", "appliance"]
-        self._start(
-            "gate", "gate", [*narrows, "serve", "gate", "--worker", "0", "--config", config]
-        )
-        self._start("seal", "gate", [*narrows, "serve", "seal", "--config", config])
-        self._wait_for((self.run / "gate-0.sock").exists, "the gate")
+    def _start_haproxy(self, path: str, port: int) -> None:
+        text = (HERE / "peers" / "haproxy.cfg").read_text(encoding="utf-8")
+        size = 262144 if path.endswith("256k") else 16384
+        file = self.place.disk / f"{path}.cfg"
+        file.write_text(text.replace("BUFSIZE", str(size)).replace("PORT", str(port)))
+        self._start(path, "gate", ["haproxy", "-db", "-q", "-f", str(file)])
 
-    def _start_haproxies(self) -> None:
-        for path, port in PEERS.items():
-            text = (HERE / "peers" / "haproxy.cfg").read_text()
-            size = 262144 if path.endswith("256k") else 16384
-            file = self.work / f"{path}.cfg"
-            file.write_text(text.replace("BUFSIZE", str(size)).replace("PORT", str(port)))
-            self._start(path, "gate", ["haproxy", "-db", "-q", "-f", str(file)])
-
-    def start_postgresql(self) -> Path:
-        """Start PostgreSQL in the server's namespace and pgbouncer in the gate's; return the
-        server's socket folder.
-        """
-        folder = self.work / "postgresql"
+    def start_postgresql(self) -> None:
+        """Start PostgreSQL on the server host with pgbench's tables; once."""
+        if "postgresql" in self._programs:
+            return
+        folder = self.place.disk / "postgresql"
         folder.mkdir()
         shutil.chown(folder, "postgres")
-        self.work.chmod(0o755)
         binaries = max(Path("/usr/lib/postgresql").glob("*/bin"))
         data = folder / "data"
-        become = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "--"]
-        subprocess.run(
-            [*become, str(binaries / "initdb"), "-D", str(data), "-A", "trust", "-N", "-U", "postgres"],
-            check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        initdb = [str(binaries / "initdb"), "-D", str(data), "-A", "trust", "-N", "-U", "postgres"]
+        subprocess.run([*_AS_POSTGRES, *initdb], check=True, stdout=subprocess.DEVNULL, cwd="/")
         (data / "pg_hba.conf").write_text("local all all trust\nhost all all all trust\n")
-        options = ["-c", "listen_addresses=*", "-c", f"unix_socket_directories={folder}", "-c", "max_connections=200",
-                   "-c", "shared_buffers=256MB", "-c", "fsync=off"]  # fmt: skip
-        self._start(
-            "postgresql", "server", [*become, str(binaries / "postgres"), "-D", str(data), *options]
-        )
-        self._wait_for(lambda: self._psql_answers(folder), "PostgreSQL")
-        subprocess.run(
-            ["pgbench", "-h", str(folder), "-U", "postgres", "-i", "-s", "10", "-q", "postgres"],
-            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        self._start_pgbouncer()
-        return folder
+        words = {"listen_addresses": "*", "unix_socket_directories": str(folder), "fsync": "off",
+                 "max_connections": "1100", "shared_buffers": "256MB"}  # fmt: skip
+        options = [word for key, value in words.items() for word in ("-c", f"{key}={value}")]
+        argv = [*_AS_POSTGRES, str(binaries / "postgres"), "-D", str(data), *options]
+        self._start("postgresql", "server", argv)
+        where = ["-h", str(folder), "-U", "postgres", "postgres"]
+        self._wait_for(lambda: _succeeds(["psql", "-c", "select 1", *where]), "PostgreSQL")
+        subprocess.run(["pgbench", "-i", "-s", "10", "-q", *where], check=True, capture_output=True)
 
-    def _psql_answers(self, folder: Path) -> bool:
-        argv = ["psql", "-h", str(folder), "-U", "postgres", "-c", "select 1"]
-        return subprocess.run(argv, capture_output=True, check=False).returncode == 0
-
-    def _start_pgbouncer(self) -> None:
-        folder = self.work / "pgbouncer"
+    def start_pgbouncer(self) -> None:
+        """Start pgbouncer on the gate host."""
+        folder = self.place.disk / "pgbouncer"
         folder.mkdir()
         folder.chmod(0o777)
         users = folder / "users"
         users.write_text('"postgres" ""\n')
-        text = (HERE / "peers" / "pgbouncer.ini").read_text()
+        text = (HERE / "peers" / "pgbouncer.ini").read_text(encoding="utf-8")
         for word, value in {
             "SERVER": topology.SERVER4, "LISTEN": topology.GATE_CLIENT4, "USERS": str(users),
             "LOG": str(folder / "log"), "PIDFILE": str(folder / "pid"),
         }.items():  # fmt: skip
             text = text.replace(word, value)
         (folder / "ini").write_text(text)
-        self._start("pgbouncer", "gate", ["pgbouncer", "-q", "-u", "nobody", str(folder / "ini")])
-        time.sleep(0.5)
+        argv = ["pgbouncer", "-q", "-u", "nobody", str(folder / "ini")]
+        self._start("pgbouncer", "gate", argv)
+        self._wait_for(
+            lambda: self._accepts("gate", topology.GATE_CLIENT4, PGBOUNCER_PORT), "pgbouncer"
+        )
 
-    def _start(self, group: str, role: str, argv: list[str]) -> None:
-        log = (self.work / f"{group}.log").open("ab")
-        with log:
-            self._programs.append(
-                topology.start(
-                    self.topology.namespace(role),
-                    argv,
-                    cgroup=self.group(group),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                )  # fmt: skip
-            )
+    def _accepts(self, role: str, host: str, port: int) -> bool:
+        def connect() -> bool:
+            import socket
 
-    def _wait_for(self, ready: Any, what: str) -> None:
-        until = time.monotonic() + 20
+            with socket.socket() as sock:
+                sock.settimeout(2)
+                return sock.connect_ex((host, port)) == 0
+
+        answer: bool = topology.run(self.place.topology.namespace(role), connect)
+        return answer
+
+    def _start(self, name: str, role: str, argv: Sequence[str]) -> None:
+        with (self.place.folder / f"{name}.log").open("ab") as log:
+            process = topology.start(
+                self.place.topology.namespace(role), argv, cgroup=self.group(name),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        self._programs[name] = (role, argv, process)
+
+    def _wait_for(self, ready: Callable[[], bool], what: str) -> None:
+        until = time.monotonic() + READY_S
         while not ready():
-            dead = [p.args for p in self._programs if p.poll() is not None]
-            if dead or time.monotonic() > until:
-                logs = "".join(
-                    f.read_text(errors="replace")[-2000:] for f in self.work.glob("*.log")
-                )
-                raise RuntimeError(f"{what} did not start; ended: {dead}\n{logs}")
+            if time.monotonic() > until:
+                raise StageError(f"{what} did not start\n{self.lab.logs()}")
             time.sleep(0.05)
+
+
+def _succeeds(argv: Sequence[str]) -> bool:
+    return subprocess.run(argv, capture_output=True, check=False).returncode == 0

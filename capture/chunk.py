@@ -5,7 +5,9 @@ process.
 `capture.recover` reads what a dead process left. A chunk file is a 64-byte header and then frames
 (`capture.frames`):
 
-    magic "NARCHUNK" | incarnation u64 | sequence u64 | base u64: stream position of the first frame | zero
+    magic "NARCHUNK" | incarnation u64 | sequence u64 | base u64 | zero
+
+`base` is the stream position of the first frame.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ import contextlib
 import mmap
 import os
 import struct
+from collections import deque
 from typing import TYPE_CHECKING
 
-from capture.frames import HEADER_BYTES, walk
+from capture.frames import HEADER_BYTES, padded, walk
+from capture.settings import COMMIT_BYTES_SOFT
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from capture.held import Held
@@ -33,7 +38,9 @@ class Chunk:
     disk already.
     """
 
-    __slots__ = ("base", "commits", "committed", "fill", "held", "memory", "view", "words")
+    __slots__ = (
+        "base", "commits", "committed", "fill", "held", "limit", "marks", "memory", "view", "words"
+    )  # fmt: skip
 
     def __init__(self, path: Path, size: int) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -47,6 +54,8 @@ class Chunk:
         self.base = 0
         self.fill = START
         self.committed = START
+        self.limit = START + COMMIT_BYTES_SOFT  #: the first frame that ends here or later is marked
+        self.marks: deque[int] = deque()  #: ends of frames where a long commit is cut
         self.held: set[Held] = set()
         self.commits: list[tuple[int, int, int]] = []  #: (end position, generation, commit offset)
 
@@ -58,7 +67,21 @@ class Chunk:
         HEADER.pack_into(self.view, 0, MAGIC, incarnation, sequence, base)
         self.base = base
         self.fill = self.committed = START
+        self.limit = START + COMMIT_BYTES_SOFT
+        self.marks.clear()
         self.commits.clear()
+
+    def mark(self, end: int) -> None:
+        """Note that a frame ends at `end`, where a commit may be cut."""
+        self.marks.append(end)
+        self.limit = end + COMMIT_BYTES_SOFT
+
+    def cut(self, fill: int) -> int:
+        """Return where the next commit ends, at `fill` at the latest."""
+        marks = self.marks
+        while marks and marks[0] <= self.committed:
+            marks.popleft()
+        return marks[0] if marks and marks[0] < fill else fill
 
     @property
     def end(self) -> int:
@@ -76,14 +99,21 @@ class Chunk:
 
 
 class Remains:
-    """What a dead writer's chunk file holds: its base and its whole frames."""
+    """What a dead writer's chunk file holds: the stream position of its first frame, and its whole
+    frames, back to back.
+    """
 
-    __slots__ = ("base", "frames", "plaintext")
+    __slots__ = ("base", "incarnation", "plaintext")
 
-    def __init__(self, base: int, plaintext: bytes, frames: int) -> None:
+    def __init__(self, incarnation: int, base: int, plaintext: bytes) -> None:
+        self.incarnation = incarnation
         self.base = base
-        self.plaintext = plaintext  #: the published frames, back to back
-        self.frames = frames
+        self.plaintext = plaintext
+
+    @property
+    def end(self) -> int:
+        """Return the stream position after the last whole frame."""
+        return self.base + len(self.plaintext)
 
     @classmethod
     def read(cls, path: Path, incarnation: int) -> Remains | None:
@@ -96,8 +126,23 @@ class Remains:
         magic, owner, _sequence, base = HEADER.unpack_from(content)
         if magic != MAGIC or owner != incarnation:
             return None
-        end, frames = START, 0
-        for *_rest, payload, at in walk(content, incarnation, START):
-            end = at + HEADER_BYTES + ((len(payload) + 7) & ~7)
-            frames += 1
-        return cls(base, content[START:end], frames)
+        end = START
+        for *_, payload, at in walk(content, incarnation, START):
+            end = at + padded(len(payload))
+        return cls(incarnation, base, content[START:end])
+
+    def pieces(self, after: int) -> Iterator[tuple[int, memoryview, int]]:
+        """Yield (stream position, frames, number of frames) of what lies after position `after`,
+        which is where a frame begins, in pieces of the size of a commit.
+        """
+        view = memoryview(self.plaintext)
+        begin = end = max(after - self.base, 0)
+        count = 0
+        for *_, payload, at in walk(self.plaintext, self.incarnation, begin):
+            end = at + padded(len(payload))
+            count += 1
+            if end - begin >= COMMIT_BYTES_SOFT:
+                yield self.base + begin, view[begin:end], count
+                begin, count = end, 0
+        if count:
+            yield self.base + begin, view[begin:end], count

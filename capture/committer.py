@@ -4,29 +4,27 @@
 
 * the event loop publishes frames and, when it finds the thread asleep, wakes it; nothing is polled
   while idle;
-* the thread waits `commit_s` (or not at all, after `urgent`), then commits [committed, fill) of
-  every chunk in order;
+* the thread waits `commit_s` (or not at all, after `hurry`), then commits [committed, fill) of
+  every chunk in order, in pieces of about `COMMIT_BYTES_SOFT`;
 * a chunk whose frames are all committed and which is no longer the current one goes to `free` for
   the loop to use again;
 * `durable` moves after fdatasync: at once when somebody waits for it, otherwise once a second;
-* the next segment is made ready (preallocated) before it is needed; when the disk refuses, the
-  space held back is given free, what is published is stored there, `failed` is set, and the thread
-  tries again every second.
+* when the disk refuses, `failed` is set and what is published goes to the space held back; the
+  thread tries every second to go on as usual, and until then stores what still fits.
 """
 
 from __future__ import annotations
 
-import errno
 import mmap
-import os
 import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from capture.chain import Chain
 from capture.chunk import START, Chunk
 from capture.errors import EvidenceError
-from capture.segfile import BLOCK, SegmentFile, SegmentHeader, boot_id, commit_total
+from capture.segfile import BLOCK, commit_total
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,31 +46,22 @@ class Committer:
         self, store: Store, keys: Keys, stream: str, incarnation: int, settings: WriterSettings,
         wake: Callable[[], None],
     ) -> None:  # fmt: skip
-        self._store, self._keys, self._stream, self._settings = store, keys, stream, settings
-        self._incarnation = incarnation
-        self._boot = boot_id()
-        self._wake = wake
+        self._settings, self._wake = settings, wake
+        self._chain = Chain(store, keys, stream, incarnation, settings)
         self._urgent = threading.Event()
         self._kick = threading.Event()
         self._stopping = False
         self._staging_memory = mmap.mmap(-1, commit_total(settings.chunk_bytes) + BLOCK)
         self._staging = memoryview(self._staging_memory)
-        self._next: SegmentFile | None = None
         self._synced_at = time.monotonic()
         self._wanted = 0  # durable position that somebody waits for
-        self.chunks: deque[Chunk] = (
-            deque()
-        )  #: chunks with frames to commit, oldest first; the last is the current one
+        #: chunks with frames to commit, oldest first; the last is the current one
+        self.chunks: deque[Chunk] = deque()
         self.free: deque[Chunk] = deque()
         self.asleep = False
         self.committed = 0
         self.durable = 0
         self.failed: EvidenceError | None = None
-        self.segments = 0
-        self._reserve = store.evidence / f"reserve.{stream}"
-        self._segment = self._create(incarnation, settings.segment_bytes)
-        self._activate(self._segment)
-        self._hold_back()
         self._thread = threading.Thread(target=self._run, name=f"commit-{stream}", daemon=True)
 
     def start(self) -> None:
@@ -81,6 +70,7 @@ class Committer:
 
     def kick(self) -> None:
         """Wake the thread: something was published."""
+        self.asleep = False
         self._kick.set()
 
     def hurry(self, position: int | None = None) -> None:
@@ -90,21 +80,29 @@ class Committer:
         self._urgent.set()
         self._kick.set()
 
-    def stop(self) -> None:
-        """Commit everything, finish the segment and end the thread."""
+    def stop(self) -> bool:
+        """Commit everything, finish the segment and end the thread; say whether everything is on
+        disk.
+        """
         self._stopping = True
         self.hurry()
         self._thread.join()
-        if self.failed is None:
-            self._segment.finish(self.committed, self._staging)
-        else:
-            self._segment.close()
-        if self._next is not None:
-            self._next.close()
-            self._next.path.unlink(missing_ok=True)
-        self._reserve.unlink(missing_ok=True)
-        self._staging.release()
-        self._staging_memory.close()
+        try:
+            if self._behind() or not self._finish():
+                self._chain.leave()
+                return False
+        finally:
+            self._staging.release()
+            self._staging_memory.close()
+        return True
+
+    def _finish(self) -> bool:
+        try:
+            self._chain.finish(self.committed, self._staging)
+        except (OSError, EvidenceError) as refused:
+            self.failed = EvidenceError(f"the last segment cannot be ended: {refused}")
+            return False
+        return True
 
     def _run(self) -> None:
         try:
@@ -115,159 +113,102 @@ class Committer:
             raise
 
     def _work(self) -> None:
-        while True:
-            pending = self._pending()
-            if not pending:
-                if self._stopping:
-                    return
-                self._sleep()
-                continue
-            self._urgent.wait(self._settings.commit_s)
-            self._urgent.clear()
+        while not (self._stopping and not self._behind()):
+            self._pause()
+            last = self._stopping
+            before = (self.durable, self.failed, len(self.free))
             try:
-                self._commit_all()
+                self._step()
             except OSError as refused:
                 self._refuse(refused)
-                if self._stopping:
-                    return
-                self._kick.clear()
-                self._urgent.wait(RETRY_S)
-            self._wake()
+            if before != (self.durable, self.failed, len(self.free)):
+                self._wake()
+            if last and self.failed is not None:
+                return
 
-    def _pending(self) -> bool:
-        if self.failed is not None or self._wanted > self.durable or self.committed > self.durable:
-            return True
+    def _uncommitted(self) -> bool:
         return bool(self.chunks) and self.chunks[-1].end > self.committed
 
+    def _behind(self) -> bool:
+        return self._uncommitted() or self.committed > self.durable
+
+    def _pause(self) -> None:
+        if self.failed is not None:
+            self._urgent.wait(RETRY_S)
+        else:
+            if not self._uncommitted():
+                self._sleep()
+            if self._uncommitted():
+                self._urgent.wait(self._settings.commit_s)
+        self._urgent.clear()
+
     def _sleep(self) -> None:
+        """Sleep until something is published or asked for, or what is committed is to be synced."""
+        longest_s = None
+        if self.committed > self.durable:
+            longest_s = max(self._synced_at + SYNC_S - time.monotonic(), 0)
         self._kick.clear()
         self.asleep = True
-        if not self._pending() and not self._stopping:
-            self._kick.wait()
+        if not (self._uncommitted() or self._urgent.is_set()):
+            self._kick.wait(longest_s)
         self.asleep = False
 
-    def _commit_all(self) -> None:
+    def _step(self) -> None:
         if self.failed is not None:
-            self._recover_space()
+            self._renew()
+        self._commit_all()
+        self._sync_if_due()
+        if self.failed is None:
+            self._chain.prepare()
+
+    def _commit_all(self) -> None:
         while self.chunks:
             chunk = self.chunks[0]
             fill = chunk.fill
-            if fill > chunk.committed:
-                self._commit(chunk, fill)
+            while chunk.committed < fill:
+                end = chunk.cut(fill)
+                if self.failed is not None and not self._chain.fits(end - chunk.committed):
+                    return  # it stays in memory until there is space
+                self._commit(chunk, end)
             if len(self.chunks) == 1 or chunk.fill > chunk.committed:
                 break  # the current chunk, or one that was still being filled when we looked
             self.chunks.popleft()
             self.free.append(chunk)
-        self._sync_if_due()
-        self._prepare_next()
 
-    def _commit(self, chunk: Chunk, fill: int) -> None:
-        size = fill - chunk.committed
-        if not self._segment.fits(size):
-            self._rotate()
+    def _commit(self, chunk: Chunk, end: int) -> None:
         base = chunk.base + chunk.committed - START
-        offset = self._segment.commit(chunk.view[chunk.committed : fill], base, self._staging)
-        chunk.committed = fill
-        self.committed = chunk.base + fill - START
-        chunk.commits.append((self.committed, self._segment.generation, offset))
+        plaintext = chunk.view[chunk.committed : end]
+        generation, offset = self._chain.commit(plaintext, base, self._staging)
+        self.committed = chunk.base + end - START
+        chunk.commits.append((self.committed, generation, offset))
+        chunk.committed = end
 
     def _sync_if_due(self) -> None:
         now = time.monotonic()
         due = self._wanted > self.durable or self._stopping or now - self._synced_at >= SYNC_S
-        if self.committed > self.durable and due:
+        if self.committed > self.durable and (due or self.failed is not None):
             position = self.committed
-            self._segment.sync()
+            self._chain.sync()
             self._synced_at = time.monotonic()
             self.durable = position
-
-    def _rotate(self) -> None:
-        following = self._next or self._create(
-            self._store.next_generation(), self._settings.segment_bytes
-        )
-        self._next = None
-        # The new name first: an incarnation whose newest segment is final has ended
-        # (capture.recover).
-        self._activate(following)
-        self._segment.finish(self.committed, self._staging)
-        self._segment = following
-
-    def _create(self, generation: int, capacity: int) -> SegmentFile:
-        path = self._store.segments / f"{self._stream}.{generation:08x}.pre"
-        header = SegmentHeader(
-            generation,
-            self._incarnation,
-            self._stream,
-            time.time_ns(),
-            capacity,
-            self._boot,
-            self._keys.key_id,
-        )
-        return SegmentFile(path, header, self._keys)
-
-    def _activate(self, segment: SegmentFile) -> None:
-        path = self._store.segment(segment.generation)
-        os.rename(segment.path, path)
-        segment.path = path
-        self.segments += 1
-
-    def _prepare_next(self) -> None:
-        if (
-            self._settings.ahead
-            and self._next is None
-            and self._segment.used > self._segment.capacity // 2
-        ):
-            try:
-                self._next = self._create(
-                    self._store.next_generation(), self._settings.segment_bytes
-                )
-            except OSError as refused:
-                if refused.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-
-    def _hold_back(self) -> None:
-        if not self._settings.reserve_bytes:
-            return
-        fd = os.open(self._reserve, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(fd, 0, self._settings.reserve_bytes)
-        finally:
-            os.close(fd)
 
     def _refuse(self, refused: OSError) -> None:
         """The disk refuses: say so, and bring what is published to safety in the space held
         back.
         """
-        first = self.failed is None
         self.failed = EvidenceError(f"evidence cannot be written: {refused.strerror}")
-        if not first or not self._settings.reserve_bytes:
-            return
-        self._reserve.unlink(missing_ok=True)
         try:
-            tail = self._create(self._store.next_generation(), self._settings.reserve_bytes)
-        except OSError:
-            return
-        self._next = tail
-        try:
-            self._rotate()
-            while self.chunks and self.chunks[0].fill > self.chunks[0].committed:
-                chunk = self.chunks[0]
-                self._commit(chunk, chunk.fill)
-                if len(self.chunks) == 1:
-                    break
-                self.free.append(self.chunks.popleft())
-            self._segment.sync()
-            self.durable = self.committed
+            if self._chain.fall_back(self.committed, self._staging):
+                self._commit_all()
+                self._sync_if_due()
         except OSError as again:
             self.failed = EvidenceError(f"evidence cannot be written: {again.strerror}")
 
-    def _recover_space(self) -> None:
-        """Try to write normally again; OSError while the disk still refuses."""
-        if self._settings.reserve_bytes:
-            self._hold_back()
-        following = self._create(self._store.next_generation(), self._settings.segment_bytes)
-        if self._next is not None:
-            self._next.close()
-            self._next.path.unlink(missing_ok=True)
-        self._next = following
-        self._rotate()
-        self.failed = None
+    def _renew(self) -> None:
+        """Try to go on as usual; `failed` stays while the disk still refuses."""
+        try:
+            self._chain.renew(self.committed, self._staging)
+        except OSError as refused:
+            self.failed = EvidenceError(f"evidence cannot be written: {refused.strerror}")
+        else:
+            self.failed = None

@@ -73,7 +73,16 @@ def create_key(path: Path) -> Secret:
             pass
         finally:
             scratch.unlink()
+        _sync(path.parent)  # a key that power loss takes away takes the evidence with it
     return read_key(path)
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 class Keys:

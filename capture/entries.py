@@ -28,10 +28,10 @@ class Place(NamedTuple):
     time_ns: int
 
 
-def session_open(place: Place) -> leaves.Leaf:
-    """Return the leaf of a SessionOpen record; nothing in the record itself is needed."""
+def session_open(place: Place, name: str) -> leaves.Leaf:
+    """Return the leaf of the SessionOpen record of the session `name`."""
     return leaves.SessionOpen(
-        commit=place.commit, generation=place.generation, session=session_name(place.session),
+        commit=place.commit, generation=place.generation, session=name,
         time=rfc3339(place.time_ns),
     )  # fmt: skip
 
@@ -46,7 +46,7 @@ def session_close(place: Place, tally: Tally, fields: dict[str, Any]) -> leaves.
         frames=tally.frames, gaps=tally.gaps, generation=place.generation,
         opened=rfc3339(tally.opened_ns) if tally.opened_ns else "", operations=tally.operations,
         own=(own_up, own_down), reason=leaves.word(fields["reason"]), records=tally.records,
-        session=session_name(place.session), subroot=leaves.base64_of(tally.tree.root()),
+        session=tally.name, subroot=leaves.base64_of(tally.tree.root()),
         time=rfc3339(place.time_ns),
     )  # fmt: skip
 
@@ -117,7 +117,7 @@ def _recovered(place: Place, fields: dict[str, Any]) -> leaves.Leaf:
     return leaves.Recovered(
         bytes=fields["bytes"], commit=place.commit, frames=fields["frames"],
         generation=place.generation, incarnation=fields["incarnation"],
-        last=fields["segments"][-1], power_loss=fields["power_loss"],
+        last=max(fields["segments"], default=0), power_loss=fields["power_loss"],
         segments=len(fields["segments"]), time=rfc3339(place.time_ns),
     )  # fmt: skip
 

@@ -6,9 +6,10 @@ between streams: a `Recovered` record may come before the last commits of the in
 names.
 
 Theory of operation. Segments of one incarnation are read in the order of their generations, one at
-a time. A segment ends with its final commit. A writer names its next segment before it finishes the
-last one, so a segment without a final commit is left only when a later segment of its incarnation
-is final: then its writer went on or is dead, and one more look shows the last of it. Directories
+a time. A segment ends with its final commit. A writer names its next segment before it ends the
+last one, but commits to it only after that: so once a later segment of the incarnation has a
+commit, one more look shows the last of the earlier one. If that has no final commit, the disk
+refused it or its writer died, and what follows its last good commit was never whole. Directories
 are listed again only when they changed; a living segment that did not grow costs one read of 64
 bytes, a finished one nothing.
 """
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from capture.errors import EvidenceError, FormatError
 from capture.segfile import BLOCK
 from capture.tail import CommitInfo, SegmentReader
+from capture.uncached import Uncached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,7 +61,7 @@ class Followed:
     incarnation: int
     stream: str
     commit: CommitInfo
-    raw: bytes  #: the block range; its SHA-256 is what the ledger commits to
+    digest: bytes  #: SHA-256 of the block range, for the ledger; empty unless asked for
     plaintext: bytes  #: the frames; empty when the commit does not authenticate (see `damage`)
 
 
@@ -87,9 +89,12 @@ class Follower:
     """Every commit on disk, from the cursor on that `start` says for each generation."""
 
     def __init__(
-        self, store: Store, keys: Keys, start: Callable[[int], Cursor] = lambda _: BEGINNING
-    ) -> None:
-        self._store, self._keys, self._start = store, keys, start
+        self, store: Store, keys: Keys, start: Callable[[int], Cursor] = lambda _: BEGINNING, *,
+        digests: bool = False,
+    ) -> None:  # fmt: skip
+        """`digests`: hash every commit too, which costs more than all the rest."""
+        self._store, self._start = store, start
+        self._source = _Source(store.segment, keys, start, digests, Uncached())
         self._known: set[int] = set()
         self._streams: dict[int, _Stream] = {}
         self._listed_ns = -1
@@ -156,26 +161,29 @@ class Follower:
             return
         stream = self._streams.get(incarnation)
         if stream is None:
-            stream = _Stream(incarnation, self._store.segment, self._keys, self._start)
-            self._streams[incarnation] = stream
+            stream = self._streams[incarnation] = _Stream(incarnation, self._source)
         stream.waiting.append(generation)
+
+
+class _Source(NamedTuple):
+    """What it takes to read a segment."""
+
+    path: Callable[[int], Path]
+    keys: Keys
+    start: Callable[[int], Cursor]
+    digests: bool
+    uncached: Uncached
 
 
 class _Stream:
     """The segments of one incarnation that are not read to their end; only the first is open."""
 
-    __slots__ = ("_head", "_keys", "_last_look", "_path", "_start", "incarnation", "waiting")
+    __slots__ = ("_head", "_last_look", "_source", "incarnation", "waiting")
 
-    def __init__(
-        self,
-        incarnation: int,
-        path: Callable[[int], Path],
-        keys: Keys,
-        start: Callable[[int], Cursor],
-    ) -> None:
+    def __init__(self, incarnation: int, source: _Source) -> None:
         self.incarnation = incarnation
         self.waiting: deque[int] = deque()  #: later generations, oldest first
-        self._path, self._keys, self._start = path, keys, start
+        self._source = source
         self._head: _Head | None = None
         self._last_look = False
 
@@ -211,9 +219,9 @@ class _Stream:
         for generation in self.waiting:
             with (
                 contextlib.suppress(OSError, EvidenceError),
-                SegmentReader(self._path(generation)) as reader,
+                SegmentReader(self._source.path(generation)) as reader,
             ):
-                yield from _Head(reader, self._start(generation)).unread(most)
+                yield from _Head(reader, self._source.start(generation)).unread(most)
 
     def close(self) -> None:
         """Close the segment that is being read."""
@@ -224,28 +232,29 @@ class _Stream:
 
     def _open(self, damage: list[Damage]) -> _Head | None:
         generation = self.waiting.popleft()
+        path, keys, start, digests, uncached = self._source
         try:
-            reader = SegmentReader(self._path(generation), self._keys)
+            reader = SegmentReader(path(generation), keys, uncached=uncached)
         except FileNotFoundError:
             return None
         except EvidenceError:
             damage.append(Damage(generation, 0, "unreadable"))
             return None
-        cursor = self._start(generation)
+        cursor = start(generation)
         if _ends_final(reader) == cursor.offset:
             reader.close()
             return None
-        self._head = _Head(reader, cursor)
+        self._head = _Head(reader, cursor, digests=digests)
         return self._head
 
     def _left(self) -> bool:
-        """Say whether a later segment is final, so that nothing more comes to this one."""
-        for generation in reversed(self.waiting):
+        """Say whether a later segment has a commit, so that nothing more comes to this one."""
+        for generation in self.waiting:
             with (
                 contextlib.suppress(OSError, EvidenceError),
-                SegmentReader(self._path(generation)) as reader,
+                SegmentReader(self._source.path(generation)) as reader,
             ):
-                if _ends_final(reader):
+                if reader.commit_at(BLOCK) is not None:
                     return True
         return False
 
@@ -253,10 +262,11 @@ class _Stream:
 class _Head:
     """The segment of a stream that is being read."""
 
-    __slots__ = ("_number", "_offset", "reader")
+    __slots__ = ("_digests", "_number", "_offset", "reader")
 
-    def __init__(self, reader: SegmentReader, cursor: Cursor) -> None:
+    def __init__(self, reader: SegmentReader, cursor: Cursor, *, digests: bool = False) -> None:
         self.reader = reader
+        self._digests = digests
         self._number, self._offset = cursor
 
     def next(self, damage: list[Damage]) -> Followed | None:
@@ -278,8 +288,9 @@ class _Head:
         self._number += 1
         self._offset += commit.total_bytes
         header = self.reader.header
+        digest = self.reader.digest(raw) if self._digests else b""
         return Followed(
-            header.generation, header.incarnation, header.stream, commit, raw, plaintext
+            header.generation, header.incarnation, header.stream, commit, digest, plaintext
         )
 
     def unread(self, most: int) -> Iterator[Unread]:
@@ -294,7 +305,9 @@ class _Head:
         if _ends_final(self.reader):
             damage.append(Damage(self.reader.header.generation, self._offset, "chain"))
 
-    def _open_damaged(self, raw: bytes, commit: CommitInfo, damage: list[Damage]) -> bytes:
+    def _open_damaged(
+        self, raw: bytes | memoryview, commit: CommitInfo, damage: list[Damage]
+    ) -> bytes:
         try:
             return self.reader.open(raw, commit)
         except FormatError:

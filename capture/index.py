@@ -38,6 +38,7 @@ log = logging.getLogger("narrows.index")
 
 BUSY_S = 1.0  #: how long a writer waits for another one; the seal must go on
 RETRY_S = 1.0
+LOOK_S = 1.0
 FULL_ROWS = 4_000  #: a batch of so many rows is written at once
 MOST_ROWS = 40_000  #: kept in memory while the index cannot be written
 
@@ -51,9 +52,9 @@ class IndexUnusable(EvidenceError):
 class Index:
     """One index file, open; a context manager. `db` is its connection, in autocommit mode."""
 
-    def __init__(self, path: Path, db: sqlite3.Connection, *, readonly: bool) -> None:
+    def __init__(self, path: Path | None, db: sqlite3.Connection, *, readonly: bool) -> None:
         self.path, self.db, self._readonly = path, db, readonly
-        self._inode = path.stat().st_ino
+        self._inode = 0 if path is None else path.stat().st_ino
 
     @classmethod
     def open(cls, path: Path, *, readonly: bool = False) -> Self:
@@ -72,6 +73,21 @@ class Index:
             discard(path)
             return cls(path, _connect(path), readonly=False)
 
+    @classmethod
+    def in_memory(cls, path: Path) -> Self:
+        """Return a copy of an index that the disk cannot take changes to, empty when it cannot be
+        read.
+        """
+        db = sqlite3.connect(":memory:", isolation_level=None)
+        try:
+            with contextlib.closing(_connect_readonly(path)) as old:
+                old.backup(db)
+        except (sqlite3.Error, IndexUnusable):
+            db.close()
+            db = sqlite3.connect(":memory:", isolation_level=None)
+            _create(db)
+        return cls(None, db, readonly=False)
+
     def __enter__(self) -> Self:
         return self
 
@@ -89,6 +105,8 @@ class Index:
 
     def follow_path(self) -> bool:
         """Open the file anew when another one lies under its path; say whether that was so."""
+        if self.path is None:
+            return False
         try:
             same = self.path.stat().st_ino == self._inode
         except FileNotFoundError:
@@ -180,9 +198,10 @@ class Indexer:
         self._batch: list[Delta] = []
         self._rows = 0
         self._cursors = index.cursors()
-        self._retry_at = 0.0
+        self._retry_at = self._look_at = 0.0
         self.failed = ""  #: why the index could not be written, or empty
-        #: a commit was left out: `capture.index_fill.fill` brings the index up to date
+        #: a commit was left out: `capture.index_fill.fill` brings the index up to date, and then
+        #: this indexer goes on by itself
         self.behind = False
 
     def cursor(self, generation: int) -> Cursor:
@@ -191,16 +210,19 @@ class Indexer:
 
     def take(self, followed: Followed) -> None:
         """Add a commit to the batch; a full batch is written."""
-        expected = self.cursor(followed.generation).number
-        if followed.commit.number != expected:
-            self.behind = self.behind or followed.commit.number > expected
+        generation, number = followed.generation, followed.commit.number
+        if number > self.cursor(generation).number and not self._batch:
+            self._look_again()
+        expected = self.cursor(generation).number
+        if number != expected:
+            self.behind = self.behind or number > expected
             return
         delta = Delta(followed)
         if delta.unreadable:
             log.warning("%d records of segment %08x, commit %d, are not understood",
-                        delta.unreadable, delta.generation, delta.number)  # fmt: skip
+                        delta.unreadable, generation, number)  # fmt: skip
         self._batch.append(delta)
-        self._cursors[delta.generation] = delta.next
+        self._cursors[generation] = delta.next
         self._rows += delta.rows
         if self._rows >= FULL_ROWS and time.monotonic() >= self._retry_at:
             self.flush()
@@ -244,5 +266,13 @@ class Indexer:
         self._batch.clear()
         self._rows = 0
         self.behind = True
-        with contextlib.suppress(sqlite3.Error):
-            self._cursors = self._index.cursors()
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """A commit was left out: see whether somebody has brought the index up to date since."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            with contextlib.suppress(sqlite3.Error, IndexUnusable):
+                self._index.follow_path()
+                self._cursors = self._index.cursors()

@@ -265,6 +265,8 @@ def _result(touched: Touched, fields: dict[str, Any], time_ns: int) -> None:
 
 def _fact(touched: Touched, fields: dict[str, Any], time_ns: int) -> None:
     del time_ns
+    if fields["kind"] == "error":
+        touched.errors += 1
     if fields["kind"] not in UNSEARCHED:
         _search_values(touched, fields["fields"])
 

@@ -53,6 +53,21 @@ def fill(index: Index, store: Store, keys: Keys) -> None:
     raise IndexUnusable("the index cannot be brought up to date while it is made anew")
 
 
+def current(store: Store, keys: Keys) -> Index:
+    """Return the index, up to date; on a disk that takes no changes, a copy of it in memory."""
+    try:
+        index = Index.open(store.index)
+        try:
+            fill(index, store, keys)
+        except BaseException:
+            index.close()
+            raise
+    except (IndexUnusable, OSError):
+        index = Index.in_memory(store.index)
+        fill(index, store, keys)
+    return index
+
+
 def rebuild(store: Store, keys: Keys) -> int:
     """Make the index anew from the segments; return how many sessions it has.
 

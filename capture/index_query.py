@@ -1,28 +1,28 @@
 """Questions to the index: sessions by filter, by name and by words; a session's extents and events.
 
 The command line and the reader ask; nothing is changed. Sessions come one by one, newest first, so
-that a listing of a million needs no memory.
-
-Words of a search stand in double quotes when they belong together, and end in "*" when they are a
-beginning; every one must be in the session. Letters and digits count, in either case and without
-accents; anything else only separates, so that `card_number` finds the column of that name.
+that a listing of a million needs no memory. What a search may look like: `capture.index_search`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from capture.frames import NAME_LETTERS, session_name, session_number
-from capture.index_schema import BOUNDARY, number, stored
+from capture.index_schema import number, stored
+from capture.index_search import expressions, newest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from capture.index import Index
+
+
+PAGE = 1_000  #: sessions that are read from the database at once
 
 
 class State(Enum):
@@ -76,8 +76,10 @@ class Filter:
     account: str | None = None
     unattributed: bool = False  #: only those without an account
     since: int | None = None  #: started then or later
+    until: int | None = None  #: started before
     state: State | None = None
     limit: int = 0  #: 0 for all
+    oldest_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +106,6 @@ class Event:
     fields: dict[str, Any]
 
 
-class NoWords(ValueError):
-    """There is no letter or digit to search for."""
-
-
 _SESSIONS = """
 SELECT s.id, s.started, coalesce(s.closed, e.time), s.closed IS NOT NULL, e.time IS NOT NULL,
     s.client, s.client_port, s.target, s.target_port, s.route, s.worker, s.account, s.assurance,
@@ -126,23 +124,50 @@ _FOUND = (
 
 
 def sessions(index: Index, chosen: Filter) -> Iterator[Session]:
-    """Yield the chosen sessions, newest first. NoWords when there is nothing to search for."""
-    tests, values = _tests(chosen)
-    where = f"WHERE {' AND '.join(tests)}" if tests else ""
-    limit = chosen.limit or -1
-    rows = index.db.execute(
-        f"{_SESSIONS} {where} ORDER BY s.started DESC, s.id DESC LIMIT ?", (*values, limit)
-    )
-    return map(_session, rows)
+    """Yield the chosen sessions, the newest first unless told otherwise. NoWords when there is
+    nothing to search for.
+    """
+    if chosen.words and not chosen.oldest_first and chosen.state in (None, State.CLOSED):
+        found = _newest_found(index, chosen)
+    else:
+        found = _listed(index, chosen)
+    return islice(found, chosen.limit) if chosen.limit else found
 
 
-def count(index: Index, chosen: Filter) -> int:
-    """Return how many sessions are chosen, whatever the limit."""
+def _listed(index: Index, chosen: Filter) -> Iterator[Session]:
+    """Yield in pages, so that a slow reader of the list does not hold the database."""
     tests, values = _tests(chosen)
-    where = f"WHERE {' AND '.join(tests)}" if tests else ""
-    query = f"SELECT count(*) FROM ({_SESSIONS} {where})"  # noqa: S608 - fixed texts, values are bound
-    found: int = index.db.execute(query, values).fetchone()[0]
-    return found
+    for expression in expressions(chosen.words) if chosen.words else ():
+        tests.append(_FOUND)
+        values.append(expression)
+    order, after = ("ASC", ">") if chosen.oldest_first else ("DESC", "<")
+    more: list[str] = []
+    place: tuple[int, ...] = ()
+    size = min(chosen.limit, PAGE) if chosen.limit else PAGE
+    while True:
+        where = f"WHERE {' AND '.join([*more, *tests])}" if more or tests else ""
+        page = index.db.execute(
+            f"{_SESSIONS} {where} ORDER BY s.started {order}, s.id {order} LIMIT ?",
+            (*place, *values, size),
+        ).fetchall()
+        yield from map(_session, page)
+        if len(page) < size:
+            return
+        place = (page[-1][1], page[-1][0])
+        more = [f"(s.started, s.id) {after} (?, ?)"]
+
+
+def _newest_found(index: Index, chosen: Filter) -> Iterator[Session]:
+    """Yield what a search finds as it goes back in time, without collecting all of it."""
+    tests, values = _tests(chosen)
+    wanted = expressions(chosen.words)
+    if chosen.account is not None and any(map(str.isalnum, chosen.account)):
+        wanted += expressions('"' + chosen.account.replace('"', " ") + '"')
+    query = f"{_SESSIONS} WHERE {' AND '.join(['s.id = ?', *tests])}"
+    for rows in newest(index.db, wanted, max(chosen.since or 0, 0)):
+        found = (index.db.execute(query, (row, *values)).fetchone() for row in rows)
+        together = [_session(row) for row in found if row is not None]
+        yield from sorted(together, key=lambda s: (s.started, stored(s.number)), reverse=True)
 
 
 def session(index: Index, wanted: int) -> Session | None:
@@ -175,34 +200,24 @@ def extents(index: Index, wanted: int) -> Iterator[Extent]:
     return (Extent(*row) for row in rows)
 
 
-def events(index: Index, kind: int) -> Iterator[Event]:
-    """Yield the records of one kind, oldest first."""
-    rows = index.db.execute(
-        "SELECT kind, time, session, fields FROM event WHERE kind = ? ORDER BY time", (kind,)
-    )
+def events(index: Index, *kinds: int) -> Iterator[Event]:
+    """Yield the records of these kinds, oldest first."""
+    marks = ", ".join("?" * len(kinds))
+    query = f"SELECT kind, time, session, fields FROM event WHERE kind IN ({marks}) ORDER BY time"  # noqa: S608 - marks only
+    rows = index.db.execute(query, kinds)
     return (Event(row[0], row[1], number(row[2]), json.loads(row[3])) for row in rows)
 
 
-def expressions(words: str) -> list[str]:
-    """Return the FTS5 expressions for the words of a search; NoWords when there are none."""
-    found = []
-    for phrase, rest, word in re.findall(r'"([^"]*)"(\*?)|([^\s"]+)', words):
-        text = (phrase or word.rstrip("*")).replace(BOUNDARY, " ").replace("\0", " ")
-        if any(map(str.isalnum, text)):
-            begins = rest or word.endswith("*")
-            found.append(f'"{text}"' + (" *" if begins else ""))
-    if not found:
-        raise NoWords("there is no letter or digit to search for")
-    return found
+def endpoint(host: str | None, port: int | None) -> str:
+    """Return "address:port", an IPv6 address in brackets; empty when there is none."""
+    if host is None:
+        return ""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _tests(chosen: Filter) -> tuple[list[str], list[Any]]:
     tests: list[str] = []
     values: list[Any] = []
-    if chosen.words:
-        for expression in expressions(chosen.words):
-            tests.append(_FOUND)
-            values.append(expression)
     if chosen.account is not None:
         tests.append("s.account = ?")
         values.append(chosen.account)
@@ -211,6 +226,9 @@ def _tests(chosen: Filter) -> tuple[list[str], list[Any]]:
     if chosen.since is not None:
         tests.append("s.started >= ?")
         values.append(chosen.since)
+    if chosen.until is not None:
+        tests.append("s.started < ?")
+        values.append(chosen.until)
     if chosen.state is not None:
         tests.append(_STATES[chosen.state])
     return tests, values
@@ -221,13 +239,7 @@ def _session(row: tuple[Any, ...]) -> Session:
     route, worker, account, assurance, how, unknown, owner, *counts = rest
     state = State.CLOSED if closed else State.CUT if gone else State.RUNNING
     return Session(
-        number(identity), started, ended, state, _endpoint(client, port),
-        _endpoint(target, target_port), route, worker, account, assurance, how, unknown,
+        number(identity), started, ended, state, endpoint(client, port),
+        endpoint(target, target_port), route, worker, account, assurance, how, unknown,
         None if owner is None else json.loads(owner), *counts,
     )  # fmt: skip
-
-
-def _endpoint(host: str | None, port: int | None) -> str:
-    if host is None:
-        return ""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

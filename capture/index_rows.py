@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from capture import records
-from capture.index_schema import BOUNDARY, stored
+from capture.index_schema import BOUNDARY, MOST_TEXTS, first_text, stored
 
 if TYPE_CHECKING:
     import sqlite3
@@ -113,17 +113,40 @@ def _put_sessions(db: sqlite3.Connection, sessions: dict[int, Touched]) -> None:
 
 
 def _put_texts(db: sqlite3.Connection, sessions: dict[int, Touched]) -> None:
-    (last,) = db.execute("SELECT coalesce(max(id), 0) FROM text").fetchone()
-    searched = [(session, touched.texts) for session, touched in sessions.items() if touched.texts]
-    db.executemany(
-        "INSERT INTO text VALUES (?, ?)",
-        [(last + n, stored(session)) for n, (session, _) in enumerate(searched, 1)],
-    )
     boundary = f" {BOUNDARY} "
-    db.executemany(
-        "INSERT INTO search (rowid, words) VALUES (?, ?)",
-        [(last + n, boundary.join(texts)) for n, (_, texts) in enumerate(searched, 1)],
-    )
+    texts, words, continued = [], [], []
+    free: dict[int, int] = {}
+    for session, touched in sessions.items():
+        if not touched.texts:
+            continue
+        row, started = stored(session), touched.started
+        if touched.client is None:  # its beginning was in an earlier transaction
+            (started,) = db.execute("SELECT started FROM session WHERE id = ?", (row,)).fetchone()
+            continued.append((row,))
+        identity = _free_text(db, free, first_text(started))
+        texts.append((identity, row))
+        words.append((identity, boundary.join(touched.texts)))
+    words.sort()  # SQLite writes out what it has collected whenever ids do not grow
+    db.executemany("INSERT INTO text VALUES (?, ?)", texts)
+    db.executemany("INSERT INTO search (rowid, words) VALUES (?, ?)", words)
+    db.executemany("INSERT OR IGNORE INTO continued VALUES (?)", continued)
+
+
+def _free_text(db: sqlite3.Connection, free: dict[int, int], first: int) -> int:
+    """Take the next id from `first` on. `free` has the next one of each millisecond that was asked
+    for in this transaction.
+    """
+    while True:
+        if first not in free:
+            (last,) = db.execute(
+                "SELECT max(id) FROM text WHERE id BETWEEN ? AND ?", (first, first + MOST_TEXTS - 1)
+            ).fetchone()
+            free[first] = first if last is None else last + 1
+        identity = free[first]
+        if identity < first + MOST_TEXTS:
+            free[first] = identity + 1
+            return identity
+        first += MOST_TEXTS  # a session with a million texts: go on in the next millisecond
 
 
 def _put_events(db: sqlite3.Connection, deltas: list[Delta]) -> None:

@@ -9,7 +9,7 @@ which the extents point into.
 from __future__ import annotations
 
 #: Written into the file; an index of another version is thrown away and filled anew.
-VERSION = 1
+VERSION = 2
 
 PRAGMAS = """
 PRAGMA journal_mode = WAL;
@@ -62,8 +62,11 @@ CREATE INDEX event_session ON event (session) WHERE session != 0;
 -- Incarnations that are over, by their own Stop record or by the Recovered record of another one:
 -- their sessions that have no close were cut (ADR 4).
 CREATE TABLE ended (incarnation INTEGER PRIMARY KEY, time INTEGER NOT NULL);
--- What the rows of `search` belong to.
+-- What the rows of `search` belong to. Their ids begin with the time at which the session began, so
+-- that going through them backwards finds the newest sessions first (`first_text`).
 CREATE TABLE text (id INTEGER PRIMARY KEY, session INTEGER NOT NULL);
+-- Sessions whose words are in more than one row of `search`.
+CREATE TABLE continued (session INTEGER PRIMARY KEY);
 CREATE VIRTUAL TABLE search USING fts5 (
     words, content = '', columnsize = 0, tokenize = "unicode61 remove_diacritics 2"
 );
@@ -73,6 +76,8 @@ CREATE VIRTUAL TABLE search USING fts5 (
 BOUNDARY = "\ue000"
 
 _SIGN = 1 << 63
+_TEXT_BITS = 20
+MOST_TEXTS = 1 << _TEXT_BITS  #: ids of one millisecond; more go on in the next one's
 
 
 def stored(session: int) -> int:
@@ -83,3 +88,15 @@ def stored(session: int) -> int:
 def number(row: int) -> int:
     """Return the session's number of a stored one."""
     return row & ((1 << 64) - 1)
+
+
+def first_text(started: int) -> int:
+    """Return the first id for texts of sessions that began at `started`, in ns; those of the same
+    millisecond share the ids up to the next one's.
+    """
+    return started // 1_000_000 << _TEXT_BITS
+
+
+def text_moment(identity: int) -> int:
+    """Return the millisecond of a text's id."""
+    return identity >> _TEXT_BITS

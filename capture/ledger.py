@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from capture.store import Store
 
 MAX_ENTRY_BYTES = 4096
+_AT_ONCE = 64
 
 
 def load_signer(store: Store) -> NoteSigner:
@@ -62,19 +63,30 @@ def write_file(path: Path, content: bytes, *, mode: int = 0o600) -> None:
     """Put `content` under `path` in one step that survives power loss, except for the directory's
     own entry.
     """
+    fd, scratch = _scratch(path, content, mode)
+    try:
+        os.fdatasync(fd)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink()
+        raise
+    finally:
+        os.close(fd)
+
+
+def _scratch(path: Path, content: bytes, mode: int) -> tuple[int, Path]:
+    """Write `content` beside `path`; return the open file and its path."""
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         view = memoryview(content)
         while view:
             view = view[os.write(fd, view) :]
-        os.fdatasync(fd)
     except BaseException:
+        os.close(fd)
         scratch.unlink(missing_ok=True)
         raise
-    finally:
-        os.close(fd)
-    os.replace(scratch, path)
+    return fd, scratch
 
 
 def sync_directory(path: Path) -> None:
@@ -143,8 +155,10 @@ class _Edge:
 
 
 class Ledger:
-    """The log in one directory, open for appending; the caller sees to it that there is only
-    one.
+    """The log in one directory. Any number may read; the caller sees to it that only one appends.
+
+    A reader sees the log as it was when it was opened, and only as long as its partial tiles are
+    there: open, read, let go.
     """
 
     def __init__(self, directory: Path, signer: NoteSigner) -> None:
@@ -168,7 +182,7 @@ class Ledger:
             raise EvidenceError(
                 f"the ledger in {directory} does not match its checkpoint; run evidence verify"
             )
-        self._sweep()
+        self._swept = False
         self._tile = lru_cache(maxsize=256)(self._read_tile)
 
     @property
@@ -187,6 +201,9 @@ class Ledger:
                 raise ValueError(f"a leaf of {len(entry)} bytes")
             files += edge.add(entry)
         checkpoint = Checkpoint(self.checkpoint.origin, edge.size, edge.root())
+        if not self._swept:
+            self._sweep()
+            self._swept = True
         self._write(files + edge.partials())
         note = self._signer.sign(checkpoint.text())
         write_file(self._directory / "checkpoint", note, mode=0o644)
@@ -291,28 +308,56 @@ class Ledger:
         return edge
 
     def _sweep(self) -> None:
-        """Remove what an append that was killed left beside the current partials."""
-        for name, _ in self._edge.partials():
-            current = self._directory / name
-            full = current.parent.with_name(current.parent.name.removesuffix(".p"))
-            full.unlink(missing_ok=True)
-            for path in current.parent.iterdir():
-                if path != current:
-                    path.unlink(missing_ok=True)
+        """Remove what an append that was killed left beside, and beyond, the current partials."""
+        current = {self._directory / name for name, _ in self._edge.partials()}
+        left = set(self._directory.glob(".checkpoint.*"))
+        levels = range(len(self._edge.levels) + 1)
+        names: list[tuple[int | str, int]] = [("entries", 0)]
+        names += [(level, level) for level in levels]
+        for name, level in names:
+            first = (self._edge.size >> (8 * level)) // WIDTH
+            for index in (first, first + 1):
+                full = self._directory / tile_path(name, index)
+                left.add(full)
+                left.update(full.parent.glob(".*"))
+                left.update(full.with_name(f"{full.name}.p").glob("*"))
+        for path in left - current:
+            path.unlink(missing_ok=True)
 
     def _write(self, files: list[tuple[str, bytes]]) -> None:
+        """Put tiles in place, durably; many at a time, so that the disk's journal is written once
+        for all of them.
+        """
         touched: set[Path] = set()
-        for name, content in files:
-            path = self._directory / name
+        for start in range(0, len(files), _AT_ONCE):
+            scratches: list[tuple[int, Path, Path]] = []
+            try:
+                for name, content in files[start : start + _AT_ONCE]:
+                    path = self._directory / name
+                    self._make_parents(path, touched)
+                    scratches.append((*_scratch(path, content, 0o644), path))
+                for fd, _, _ in scratches:
+                    os.fdatasync(fd)
+                for _, scratch, path in scratches:
+                    os.replace(scratch, path)
+            except BaseException:
+                for _, scratch, _ in scratches:
+                    scratch.unlink(missing_ok=True)
+                raise
+            finally:
+                for fd, _, _ in scratches:
+                    os.close(fd)
+        for directory in sorted(touched):
+            sync_directory(directory)
+
+    def _make_parents(self, path: Path, touched: set[Path]) -> None:
+        if path.parent not in touched:
             for parent in reversed(path.relative_to(self._directory).parents):
                 directory = self._directory / parent
                 if not directory.is_dir():
                     directory.mkdir(mode=0o700)
                     touched.add(directory.parent)
-            write_file(path, content, mode=0o644)
             touched.add(path.parent)
-        for directory in sorted(touched):
-            sync_directory(directory)
 
 
 def _split(count: int) -> int:

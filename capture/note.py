@@ -119,11 +119,10 @@ class Checkpoint:
         """
         try:
             origin, size, root, *_extensions = text.split("\n")
-            if not size.isdecimal() or (size != "0" and size.startswith("0")):
-                raise ValueError("size")
             hashed = base64.b64decode(root, validate=True)
         except ValueError as wrong:
             raise FormatError("this is no checkpoint") from wrong
-        if len(hashed) != 32 or not origin:
+        number = size.isascii() and size.isdigit() and (size == "0" or size[0] != "0")
+        if len(hashed) != 32 or not origin or not number:
             raise FormatError("this is no checkpoint")
         return cls(origin, int(size), hashed)

@@ -25,11 +25,12 @@ from capture.records import KINDS, Hidden, decode
 from capture.tail import SegmentReader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from capture.crypt import Keys
     from capture.follow import Cursor
     from capture.index import Index
+    from capture.index_query import Extent
     from capture.store import Store
 
 CACHE_BYTES = 32 << 20
@@ -124,15 +125,13 @@ class Reader:
 
     def frames(self, session: int) -> Iterator[Frame]:
         """Yield every frame of a session, in the order in which they were written."""
-        for opened in self._commits(session):
-            yield from opened.frames(session)
+        yield from self._frames(session, lambda _: True)
 
     def records(self, session: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (time, fields) of every record of a session; see `Frame.fields`."""
-        for opened in self._commits(session, records_only=True):
-            for frame in opened.frames(session):
-                if frame.is_record:
-                    yield frame.time_ns, frame.fields()
+        for frame in self._frames(session, lambda extent: extent.others > 0):
+            if frame.is_record:
+                yield frame.time_ns, frame.fields()
 
     def stream(self, session: int, side: Side) -> Iterator[Piece]:
         """Yield the bytes of one half-stream in order. A jump in `offset` was not recorded.
@@ -143,7 +142,7 @@ class Reader:
         held: Frame | None = None
         hidden: list[tuple[int, int, str]] = []
         sender = "client" if side in (Side.UP, Side.UP_OWN) else "upstream"
-        for frame in self.frames(session):
+        for frame in self._frames(session, _HOLDS[side]):
             if frame.kind == side.value:
                 if held is not None:
                     yield from _pieces(held, hidden)
@@ -155,16 +154,17 @@ class Reader:
         if held is not None:
             yield from _pieces(held, hidden)
 
-    def _commits(self, session: int, *, records_only: bool = False) -> Iterator[_Opened]:
+    def _frames(self, session: int, wanted: Callable[[Extent], bool]) -> Iterator[Frame]:
+        """Yield the frames of at least those commits that are wanted."""
         if self._index is None:
-            yield from self._scan(session)
+            for opened in self._scan(session):
+                yield from opened.frames(session)
             return
         for extent in index_query.extents(self._index, session):
-            if records_only and not extent.others:
-                continue
-            opened = self._opened(extent.generation, extent.number, extent.offset)
-            if opened is not None:
-                yield opened
+            if wanted(extent):
+                found = self._opened(extent.generation, extent.number, extent.offset)
+                if found is not None:
+                    yield from found.frames(session)
 
     def _opened(self, generation: int, number: int, offset: int) -> _Opened | None:
         key = (generation, number)
@@ -221,6 +221,15 @@ class Reader:
     def _damaged(self, damage: Damage) -> None:
         if damage not in self.damage:
             self.damage.append(damage)
+
+
+#: Which commits may hold bytes of a side, or records that say which of them are hidden.
+_HOLDS: dict[Side, Callable[[Extent], bool]] = {
+    Side.UP: lambda extent: extent.up_at is not None or extent.others > 0,
+    Side.DOWN: lambda extent: extent.down_at is not None or extent.others > 0,
+    Side.UP_OWN: lambda extent: extent.others > 0,
+    Side.DOWN_OWN: lambda extent: extent.others > 0,
+}
 
 
 def _pieces(frame: Frame, hidden: list[tuple[int, int, str]]) -> Iterator[Piece]:

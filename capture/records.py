@@ -1,4 +1,4 @@
-"""Every record type of the evidence, as frozen dataclasses: the field docs are the format's
+"""Every record type of the evidence, as dataclasses: the field docs are the format's
 specification.
 
 The gate, the seal and the command line write these records through `capture.segment`; the index,
@@ -58,7 +58,12 @@ class Detected:
     )
 
 
-@dataclass(frozen=True, slots=True)
+# Operation and Result are not frozen, the only ones: two are made for each statement, and a frozen
+# dataclass stores every field through object.__setattr__, which makes it four times as dear. Nobody
+# changes a record after it was made.
+
+
+@dataclass(slots=True)
 class Operation:
     """One thing that the client asked for, in the protocol's own unit (a statement, a request)."""
 
@@ -77,7 +82,7 @@ class Operation:
     truncated: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Result:
     """How an operation ended."""
 
@@ -179,11 +184,11 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A person or program acted on a session (kill)."""
+    """A person or program acted: on the session that it stands in, or on the gate."""
 
     actor: str  #: "uid:0(root)" of the local control socket's peer
-    action: str  #: "kill"
-    reason: str
+    action: str  #: "kill", "redirect-apply", "redirect-undo"
+    reason: str  #: as given; for the redirect, what was changed
     outcome: str  #: "done" or why not
 
 
@@ -326,6 +331,6 @@ def decode(kind: int, payload: bytes | memoryview) -> dict[str, Any]:
         raise ValueError(f"unknown record kind {kind}")
     fields = orjson.loads(payload)
     if not isinstance(fields, dict):
-        raise ValueError("a record's payload is a JSON object")
+        raise ValueError("a record's payload is a JSON object")  # noqa: TRY004 - what a reader catches
     fields["record"] = TYPES[kind].__name__
     return fields

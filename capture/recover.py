@@ -1,180 +1,135 @@
 """Completes the evidence of writers that died.
 
-`capture.segment` calls it whenever a writer starts. A writer is alive while it holds the lock in
-`hot/<incarnation>/`. A dead one's frames that had not reached the disk are stored in a new final
-segment of its incarnation; its own segments are never touched. Two steps, so that a kill at any
-point only repeats work: `complete`, then, once the `Recovered` record is durable, `forget`. An
-incarnation without a hot directory whose newest segment is not final lost its memory with the
-power.
+`capture.segment` calls it whenever a writer starts, with an incarnation whose lock it got
+(`capture.incarnation`). Its frames that had not reached the disk are stored in a new final segment
+of that incarnation; its own segments are never touched. Two steps, so that a kill at any point only
+repeats work: `complete`, then, once the `Recovered` record is durable, `Incarnation.end`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
-import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from capture.chunk import Remains
 from capture.errors import EvidenceError
-from capture.records import Recovered
-from capture.segfile import BLOCK, COMMIT_BYTES, SegmentFile, SegmentHeader, boot_id, commit_total
+from capture.frames import walk
+from capture.records import KINDS, Recovered, Stop
+from capture.segfile import BLOCK, SegmentFile, SegmentHeader, boot_id, commit_total
+from capture.store import sync_directory
 from capture.tail import SegmentReader
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from capture.crypt import Keys
+    from capture.incarnation import Incarnation
     from capture.store import Store
+    from capture.tail import CommitInfo
 
 
-@dataclass(slots=True)
-class Dead:
-    """A dead incarnation; `lock` is held until `forget`."""
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """What became of a dead incarnation."""
 
-    incarnation: int
-    hot: Path | None
-    lock: int = -1
-    generations: list[int] = field(default_factory=list)
+    record: Recovered | None  #: None when nothing was left open
+    unreadable: tuple[str, ...]  #: chunk files and stream positions that memory should have held
 
 
-def dead(store: Store, mine: int) -> list[Dead]:
-    """Return every dead incarnation that is not complete, oldest first, locked where it left
-    memory.
-    """
-    before = _headers(store)
-    living, found = {mine}, []
-    for path in sorted(store.hot.iterdir()):
-        incarnation = _incarnation(path)
-        if incarnation is None:
-            _sweep_unfinished(path)
-        elif incarnation != mine:
-            lock = _lock(path)
-            living.add(incarnation)
-            if lock is not None:
-                found.append(Dead(incarnation, path, lock))
-    # Segments first, hot directories second, segments again: a writer that started meanwhile shows
-    # in neither first list, and one that ended meanwhile is final in the second.
-    memoryless = {h.incarnation for _, h, _ in before} - living
-    segments = _headers(store)
-    newest = {header.incarnation: final for _, header, final in segments}
-    found += [Dead(incarnation, None) for incarnation in memoryless if not newest.get(incarnation)]
-    for entry in found:
-        entry.generations = [
-            g for g, header, _ in segments if header.incarnation == entry.incarnation
-        ]
-    _sweep_unused(store, living - {entry.incarnation for entry in found})
-    return sorted(found, key=lambda entry: entry.incarnation)
-
-
-def complete(store: Store, keys: Keys, entry: Dead) -> tuple[Recovered, list[str]]:
-    """Store what only memory held in a final segment; return the record, and the chunk files that
-    are unreadable.
-    """
-    committed, stream = _committed(store, keys, entry.generations)
-    remains, unreadable = _remains(entry)
-    missing = bytearray()
-    frames = 0
+def complete(store: Store, keys: Keys, entry: Incarnation) -> Completed:
+    """Store what only memory held of `entry` in a final segment. OSError when the disk refuses."""
+    _sweep(store, entry.number)
+    generations = _generations(store, entry.number)
+    memory = entry.has_memory
+    remains, unreadable = _remains(entry) if memory else ([], [])
+    if not generations and not remains:
+        return Completed(None, tuple(unreadable))  # it died before it wrote anything
+    if not memory and _stopped(store, keys, generations[-1]):
+        return Completed(None, ())  # only forgetting it was left to do
+    committed, stream = _committed(store, keys, generations)
+    pieces: list[tuple[int, memoryview, int]] = []
+    position = committed
     for chunk in remains:
-        start = max(committed - chunk.base, 0)
-        if start < len(chunk.plaintext):
-            if chunk.base + start != committed:
-                unreadable.append(f"position {committed} to {chunk.base + start}")
-            missing += chunk.plaintext[start:]
-            frames += chunk.frames
-            committed = chunk.base + len(chunk.plaintext)
-    generation = _store_tail(
-        store, keys, entry.incarnation, stream, bytes(missing), committed - len(missing)
-    )
-    segments = (*entry.generations, generation)
+        if chunk.end > position:
+            if chunk.base > position:
+                unreadable.append(f"stream position {position} to {chunk.base}")
+            pieces += chunk.pieces(position)
+            position = chunk.end
+    tail = _store_tail(store, keys, entry.number, stream, pieces, position)
     record = Recovered(
-        entry.incarnation, segments, frames, len(missing), power_loss=entry.hot is None
-    )
-    return record, unreadable
+        entry.number, (*generations, tail), sum(piece[2] for piece in pieces),
+        sum(len(piece[1]) for piece in pieces), power_loss=not memory,
+    )  # fmt: skip
+    return Completed(record, tuple(unreadable))
 
 
-def forget(entry: Dead) -> None:
-    """Remove the memory of a completed incarnation."""
-    if entry.hot is not None:
-        shutil.rmtree(entry.hot, ignore_errors=True)
-        os.close(entry.lock)
+def _sweep(store: Store, incarnation: int) -> None:
+    """Remove segments that were made ready and never used."""
+    for path in store.segments.glob(f"{incarnation:08x}.*.pre"):
+        path.unlink(missing_ok=True)
 
 
-def _incarnation(path: Path) -> int | None:
-    with contextlib.suppress(ValueError):
-        return int(path.name, 16)
-    return None
-
-
-def _sweep_unused(store: Store, living: set[int]) -> None:
-    """Remove segments that were made ready and never used by writers that are dead now."""
-    for path in store.segments.glob("*.pre"):
-        with contextlib.suppress(OSError, EvidenceError), SegmentReader(path) as reader:
-            if reader.header.incarnation not in living:
-                path.unlink()
-
-
-def _lock(path: Path) -> int | None:
-    try:
-        fd = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None  # another process is forgetting it
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    if not (path / "lock").exists():
-        os.close(fd)
-        return None
-    return fd
-
-
-def _sweep_unfinished(path: Path) -> None:
-    """Remove a hot directory that its writer never finished making, if that writer is dead."""
-    lock = _lock(path)
-    if lock is not None:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
-
-
-def _headers(store: Store) -> list[tuple[int, SegmentHeader, bool]]:
+def _generations(store: Store, incarnation: int) -> list[int]:
+    """Return the segments of an incarnation; they all have higher numbers than itself."""
     found = []
     for generation in store.generations():
-        with (
-            contextlib.suppress(OSError, EvidenceError),
-            SegmentReader(store.segment(generation)) as reader,
-        ):
-            size = reader.path.stat().st_size
-            last = reader.commit_at(size - BLOCK) if size > BLOCK else None
-            found.append((generation, reader.header, last is not None and last.final))
+        if generation > incarnation:
+            with (
+                contextlib.suppress(OSError, EvidenceError),
+                SegmentReader(store.segment(generation)) as reader,
+            ):
+                if reader.header.incarnation == incarnation:
+                    found.append(generation)
     return found
 
 
+def _last(reader: SegmentReader) -> tuple[CommitInfo, bytes] | None:
+    """Return the last commit that authenticates, and its frames."""
+    for commit in reversed(list(reader.commits())):
+        with contextlib.suppress(EvidenceError):
+            return commit, reader.plaintext(commit)
+    return None
+
+
 def _committed(store: Store, keys: Keys, generations: list[int]) -> tuple[int, str]:
-    """Return the stream position up to which commits authenticate, and the stream's name."""
-    position, stream = 0, "lost"
-    for generation in generations:
-        try:
-            with SegmentReader(store.segment(generation), keys) as reader:
-                stream = reader.header.stream
-                for commit in reader.commits():
-                    reader.plaintext(commit)
-                    position = commit.base + commit.plain_bytes
-        except (OSError, EvidenceError):
-            continue  # the verifier reports it; what memory still holds is kept in any case
-    return position, stream
+    """Return the stream position up to which there are commits, and the stream's name.
+
+    Only the newest segment can end in a torn commit; what is damaged elsewhere is for the verifier
+    to report.
+    """
+    stream = "lost"
+    for generation in reversed(generations):
+        with (
+            contextlib.suppress(OSError, EvidenceError),
+            SegmentReader(store.segment(generation), keys) as reader,
+        ):
+            stream = reader.header.stream
+            last = _last(reader)
+            if last is not None:
+                return last[0].base + last[0].plain_bytes, stream
+    return 0, stream
 
 
-def _remains(entry: Dead) -> tuple[list[Remains], list[str]]:
+def _stopped(store: Store, keys: Keys, generation: int) -> bool:
+    """Say whether a segment is final and its last frame is a Stop record."""
+    with (
+        contextlib.suppress(OSError, EvidenceError),
+        SegmentReader(store.segment(generation), keys) as reader,
+    ):
+        commits = list(reader.commits())
+        if len(commits) > 1 and commits[-1].final:
+            frames = walk(reader.plaintext(commits[-2]), reader.header.incarnation)
+            return [frame[0] for frame in frames][-1:] == [KINDS[Stop]]
+    return False
+
+
+def _remains(entry: Incarnation) -> tuple[list[Remains], list[str]]:
     chunks, unreadable = [], []
-    for path in sorted(entry.hot.glob("*.chunk")) if entry.hot else []:
+    for path in sorted(entry.hot.glob("*.chunk")):
         try:
-            remains = Remains.read(path, entry.incarnation)
+            remains = Remains.read(path, entry.number)
         except OSError as wrong:
             unreadable.append(f"{path.name}: {wrong.strerror}")
             continue
@@ -185,21 +140,33 @@ def _remains(entry: Dead) -> tuple[list[Remains], list[str]]:
 
 
 def _store_tail(
-    store: Store, keys: Keys, incarnation: int, stream: str, missing: bytes, base: int
-) -> int:
+    store: Store, keys: Keys, incarnation: int, stream: str,
+    pieces: list[tuple[int, memoryview, int]], end: int,
+) -> int:  # fmt: skip
+    """Write the final segment of an incarnation whose stream ends at `end`."""
     generation = store.next_generation()
-    capacity = BLOCK + commit_total(len(missing)) + BLOCK
+    sizes = [commit_total(len(frames)) for _, frames, _ in pieces]
     header = SegmentHeader(
-        generation, incarnation, stream, time.time_ns(), capacity, boot_id(), keys.key_id
-    )
-    path = store.segments / f"recover.{generation:08x}.pre"
-    with (
-        mmap.mmap(-1, commit_total(len(missing)) + COMMIT_BYTES) as memory,
-        memoryview(memory) as staging,
-    ):
-        segment = SegmentFile(path, header, keys)
-        if missing:
-            segment.commit(missing, base, staging)
-        segment.finish(base + len(missing), staging)
+        generation, incarnation, stream, time.time_ns(), BLOCK + sum(sizes) + BLOCK, boot_id(),
+        keys.key_id,
+    )  # fmt: skip
+    path = store.unused(incarnation, generation)
+    segment = SegmentFile(path, header, keys)
+    try:
+        _fill(segment, pieces, end, max(sizes, default=BLOCK))
+    except BaseException:
+        segment.close()
+        path.unlink(missing_ok=True)
+        raise
     os.rename(path, store.segment(generation))
+    sync_directory(store.segments)
     return generation
+
+
+def _fill(
+    segment: SegmentFile, pieces: list[tuple[int, memoryview, int]], end: int, most: int
+) -> None:
+    with mmap.mmap(-1, most) as memory, memoryview(memory) as staging:
+        for base, frames, _ in pieces:
+            segment.commit(frames, base, staging)
+        segment.finish(end, staging)

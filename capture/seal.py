@@ -7,19 +7,24 @@ ahead passes over what it has.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import logging
 import os
+import sqlite3
 import time
 from typing import TYPE_CHECKING
 
 from capture.errors import EvidenceError
-from capture.follow import Cursor, Follower
+from capture.follow import ENDED, Cursor, Follower
 from capture.index import Index, Indexer
 from capture.sealer import Sealer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from capture.crypt import Keys
+    from capture.follow import Followed
     from capture.store import Store
 
 log = logging.getLogger("narrows.seal")
@@ -29,6 +34,8 @@ MOST_LEAVES = 16384
 #: A checkpoint is begun at this part of the time that it may be late.
 MARGIN = 0.8
 RETRY_S = 1.0
+OPEN_AGAIN_S = 10.0
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class Seal:
@@ -37,16 +44,16 @@ class Seal:
     def __init__(self, store: Store, keys: Keys, checkpoint_s: float = 5.0) -> None:
         """Open everything; EvidenceError when another seal runs or the ledger is not as signed."""
         store.prepare()
+        _keep_memory()
         self._lock = _lock(store)
         try:
             self._sealer = Sealer(store, checkpoint_s)
-            self._index = Index.open(store.index)
         except BaseException:
             os.close(self._lock)
             raise
         self._store, self._keys = store, keys
-        self._indexer = Indexer(self._index)
-        self._follower = Follower(store, keys, self._cursor)
+        self._indexing = _Indexing(store.index)
+        self._follower = self._follow()
         self._due_s = checkpoint_s * MARGIN
         self._signed_at = time.monotonic() - self._due_s
         self._behind = False
@@ -64,34 +71,30 @@ class Seal:
         self._follower.damage.clear()
         for followed in found:
             self._sealer.take(followed)
-            self._indexer.take(followed)
+            self._indexing.take(followed)
         self._sealer.settle(self._follower.following)
-        if found:
-            self._indexer.flush()
-        else:
+        if not found:
             self._sealer.caught_up()
         self._behind = bool(found)
-        if self._indexer.behind:
-            self._follow_anew()
         self._sign_if_due()
+        self._indexing.flush()
+        if self._indexing.renewed():
+            self._follower.close()
+            self._follower = self._follow()
         return self._behind
 
     def close(self) -> None:
         """Sign what was taken, and let go of everything."""
         self._sealer.close()
-        self._indexer.flush()
+        self._indexing.close()
         self._follower.close()
-        self._index.close()
         os.close(self._lock)
 
-    def _follow_anew(self) -> None:
-        """Somebody made the index anew: give it what it has not, while the ledger goes on."""
-        self._follower.close()
-        self._indexer = Indexer(self._index)
-        self._follower = Follower(self._store, self._keys, self._cursor)
+    def _follow(self) -> Follower:
+        return Follower(self._store, self._keys, self._cursor, digests=True)
 
     def _cursor(self, generation: int) -> Cursor:
-        return min(self._sealer.cursor(generation), self._indexer.cursor(generation))
+        return min(self._sealer.cursor(generation), self._indexing.cursor(generation))
 
     def _sign_if_due(self) -> None:
         passed = time.monotonic() - self._signed_at
@@ -104,6 +107,72 @@ class Seal:
             self._signed_at = time.monotonic() - self._due_s + RETRY_S
         else:
             self._signed_at = time.monotonic()
+
+
+class _Indexing:
+    """The index as the seal keeps it: it is never in the way of the ledger."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._index: Index | None = None
+        self._indexer: Indexer | None = None
+        self._open_at = 0.0
+        self._open()
+
+    def cursor(self, generation: int) -> Cursor:
+        """Return the next commit that the index needs of a segment."""
+        return ENDED if self._indexer is None else self._indexer.cursor(generation)
+
+    def take(self, followed: Followed) -> None:
+        """Add a commit."""
+        if self._indexer is not None:
+            self._indexer.take(followed)
+
+    def flush(self) -> None:
+        """Write what was taken, as far as the index can be written."""
+        if self._indexer is not None:
+            self._indexer.flush()
+
+    def renewed(self) -> bool:
+        """Say whether the index needs earlier commits now: somebody made it anew, or it could not
+        be opened before.
+        """
+        if self._indexer is not None and not self._indexer.behind:
+            return False
+        return self._open()
+
+    def close(self) -> None:
+        """Write what was taken, and close the index."""
+        self.flush()
+        if self._index is not None:
+            self._index.close()
+        self._index = self._indexer = None
+
+    def _open(self) -> bool:
+        if time.monotonic() < self._open_at:
+            return False
+        try:
+            if self._index is None:
+                self._index = Index.open(self._path)
+            self._indexer = Indexer(self._index)
+        except (EvidenceError, sqlite3.Error, OSError) as wrong:
+            log.warning("the index cannot be opened: %s", wrong)
+            self._index = self._indexer = None
+            self._open_at = time.monotonic() + OPEN_AGAIN_S
+            return False
+        return True
+
+
+def _keep_memory() -> None:
+    """Let malloc keep the memory of large commits for the next ones.
+
+    By itself it gives every buffer of some megabytes back at once, and the kernel clears fresh
+    pages for the next one: that costs as much as everything else that the seal does in bulk.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, not every libc
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def _lock(store: Store) -> int:

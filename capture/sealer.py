@@ -24,7 +24,6 @@ from capture import entries, leaves, records
 from capture.entries import Place
 from capture.errors import EvidenceError
 from capture.follow import Cursor, Damage, Followed
-from capture.frames import session_name
 from capture.ledger import Ledger, load_signer, sync_directory
 from capture.merkle import Frontier, leaf_hash
 from capture.moment import rfc3339
@@ -85,21 +84,23 @@ class Sealer:
         return len(self._made) + len(self._runs) + len(self._unsigned)
 
     def take(self, followed: Followed) -> None:
-        """Make the leaves of the next commit of a segment; earlier commits are passed over."""
+        """Make the leaves of the next commit of a segment; earlier commits are passed over.
+
+        Its `digest` is needed.
+        """
         commit, generation = followed.commit, followed.generation
         if commit.number < self._state.cursor(generation).number:
             return
         sealed = self._sealed.get(generation)
         self._quiet = sealed is not None
-        digest = sha256(followed.raw).digest()
         if not self._quiet:
             run = self._runs.get(generation)
             if run is None:
                 header = _header(self._store.segment(generation)) if commit.number == 0 else ""
                 run = self._runs[generation] = _Run(followed, header)
-            run.add(followed, digest)
+            run.add(followed)
         if followed.plaintext:
-            self._read(followed, digest)
+            self._read(followed)
         after = Cursor(commit.number + 1, commit.offset + commit.total_bytes)
         self._state.advance(generation, after, final=commit.final)
         if after == sealed:
@@ -194,11 +195,11 @@ class Sealer:
                 case "damaged":
                     self._state.damaged.add((leaf["generation"], leaf["offset"]))
 
-    def _read(self, followed: Followed, digest: bytes) -> None:
+    def _read(self, followed: Followed) -> None:
         """Tally the commit's frames, and make the leaves of its records."""
         commit, generation = followed.commit, followed.generation
         tallies = self._state.tallies.setdefault(followed.incarnation, {})
-        where = digest + pack("<II", generation, commit.number)
+        where = followed.digest + pack("<II", generation, commit.number)
 
         def found(kind: int, session: int, time_ns: int, payload: bytes) -> None:
             place = Place(generation, commit.number, session, time_ns)
@@ -221,9 +222,10 @@ class Sealer:
         self, kind: int, place: Place, payload: bytes, tallies: dict[int, Tally], where: bytes
     ) -> None:
         if kind == _OPEN:
-            if place.session in tallies:
-                tallies[place.session].opened_ns = place.time_ns
-            self._make(entries.session_open, place)
+            tally = tallies.get(place.session)
+            if tally is not None:
+                tally.opened_ns = place.time_ns
+                self._make(entries.session_open, place, tally.name)
         elif kind == _CLOSE:
             tally = tallies.pop(place.session, None)
             if tally is not None:
@@ -249,9 +251,9 @@ class Sealer:
 
     def _cut(self, tallies: dict[int, Tally], place: Place, by: str) -> None:
         """End every session of a writer that ended without closing them."""
-        for session, tally in tallies.items():
-            if session_name(session) not in self._over:
-                self._make(entries.session_cut, place._replace(session=session), tally, by)
+        for tally in tallies.values():
+            if tally.name not in self._over:
+                self._make(entries.session_cut, place, tally, by)
         tallies.clear()
 
     def _make(self, maker: Callable[..., leaves.Leaf | None], *given: object) -> None:
@@ -296,10 +298,10 @@ class _Run:
         self._header = header
         self._tree = Frontier()
 
-    def add(self, followed: Followed, digest: bytes) -> None:
-        """Take in the next commit, whose block range has the SHA-256 `digest`."""
+    def add(self, followed: Followed) -> None:
+        """Take in the next commit."""
         self._last = followed.commit
-        self._tree.add(leaf_hash(digest))
+        self._tree.add(leaf_hash(followed.digest))
 
     @property
     def begins(self) -> bool:

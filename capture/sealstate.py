@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
@@ -108,14 +108,17 @@ class SealState:
         return cls(), 0
 
     @classmethod
-    def _from(cls, value: dict[str, list[list[int]]]) -> SealState:
+    def _from(cls, value: Any) -> SealState:
         return cls(
-            {entry[0]: Cursor(entry[1], entry[2]) for entry in value["cursors"]},
+            {generation: Cursor(*rest) for generation, *rest in value["cursors"]},
             {generation for low, high in value["ended"] for generation in range(low, high + 1)},
-            {entry[0]: {t[0]: Tally.load(t[1:]) for t in entry[1]} for entry in value["tallies"]},  # type: ignore[attr-defined]  # nested lists
+            {
+                incarnation: {session: Tally.load(session, rest) for session, *rest in tallies}
+                for incarnation, tallies in value["tallies"]
+            },
             [Cut(*cut) for cut in value["cuts"]],
-            str(value["config"]),
-            {(entry[0], entry[1]) for entry in value["damaged"]},
+            value["config"],
+            {(generation, offset) for generation, offset in value["damaged"]},
         )
 
 

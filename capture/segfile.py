@@ -9,6 +9,7 @@ nothing is ever written twice under one nonce.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import mmap
 import os
@@ -21,9 +22,10 @@ from typing import TYPE_CHECKING
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from capture.crypt import KEY_BYTES, WRAPPED_BYTES, commitment
-from capture.errors import FormatError
+from capture.errors import EvidenceError, FormatError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from capture.crypt import Keys
@@ -111,7 +113,9 @@ class SegmentHeader:
 class SegmentFile:
     """A segment being written: preallocated, one writer, commits appended in order."""
 
-    __slots__ = ("_aead", "_fd", "_number", "_tag", "capacity", "generation", "path", "used")
+    __slots__ = (
+        "_aead", "_fd", "_number", "_tag", "capacity", "damaged", "generation", "path", "used"
+    )  # fmt: skip
 
     def __init__(self, path: Path, header: SegmentHeader, keys: Keys) -> None:
         """Create and preallocate the file; OSError (ENOSPC) leaves nothing behind."""
@@ -123,6 +127,9 @@ class SegmentFile:
         self._number = 0
         self._tag = bytes(TAG_BYTES)
         self.used = BLOCK
+        #: the disk refused a commit: its number is used up and readers stop here, so that nothing
+        #: may follow it
+        self.damaged = False
         self._fd = os.open(
             path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC, 0o600
         )
@@ -159,22 +166,38 @@ class SegmentFile:
         self._aead.encrypt_into(key_nonce, plaintext, header, staging[COMMIT_BYTES:end])
         staging[end:total] = bytes(total - end)
         offset = self.used
+        self.damaged = True
         if os.pwrite(self._fd, staging[:total], offset) != total:
-            raise OSError(5, "short write of a commit")
+            raise OSError(errno.EIO, "short write of a commit")
+        self.damaged = False
         self._tag = bytes(staging[end - TAG_BYTES : end])
         self.used = offset + total
         return offset
 
     def sync(self) -> None:
-        """Make everything stored so far survive power loss."""
-        os.fdatasync(self._fd)
+        """Make everything stored so far survive power loss.
+
+        EvidenceError when that fails: the kernel reports it once and then forgets what it lost, so
+        that trying again would prove nothing.
+        """
+        self._flush(os.fdatasync)
+
+    def _flush(self, how: Callable[[int], None]) -> None:
+        try:
+            how(self._fd)
+        except OSError as lost:
+            raise EvidenceError(f"the disk lost evidence: {lost.strerror}") from lost
 
     def finish(self, base: int, staging: memoryview) -> None:
-        """Write the final commit, cut the file to its used length and close it."""
-        self.commit(b"", base, staging, final=True)
-        os.ftruncate(self._fd, self.used)
-        os.fsync(self._fd)
-        self.close()
+        """Write the final commit, cut the file to its used length, and close it in any case."""
+        try:
+            self.commit(b"", base, staging, final=True)
+            os.ftruncate(self._fd, self.used)
+        finally:
+            try:
+                self._flush(os.fsync)
+            finally:
+                self.close()
 
     def close(self) -> None:
         """Close the file as it is."""

@@ -11,26 +11,23 @@ instruction after.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 import time
 from typing import TYPE_CHECKING
 
-from capture import recover
+from capture import incarnation, recover
 from capture.chunk import START, Chunk
 from capture.committer import Committer
 from capture.errors import EvidenceError
 from capture.frames import FIRST_RECORD, HEADER_BYTES, SESSION_BITS, padded
-from capture.held import Held
+from capture.held import Held, ReadBack
+from capture.incarnation import Incarnation
 from capture.records import KINDS, Gap, Record, Start, Stop, encode
 from capture.segfile import boot_id
 from capture.settings import WriterSettings
-from capture.tail import SegmentReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from capture.crypt import Keys
     from capture.store import Store
@@ -39,6 +36,8 @@ __all__ = ["SegmentWriter", "WriterSettings"]
 
 VERSION = "0.1.0"
 LEAST_ROOM = 4096
+MOST_FRAME_BYTES = 256 << 10
+CHUNK_WAIT_S = 5.0
 _PAD = bytes(8)
 
 
@@ -47,31 +46,40 @@ class SegmentWriter:
 
     def __init__(
         self, store: Store, keys: Keys, stream: str, *, role: str, worker: int = 0,
-        settings: WriterSettings | None = None, wake: Callable[[], None] = lambda: None, config_sha256: str = "",
+        settings: WriterSettings | None = None, wake: Callable[[], None] = lambda: None,
+        config_sha256: str = "",
     ) -> None:  # fmt: skip
-        """Recover what dead writers left, take an incarnation, and write the Start record.
+        """Take an incarnation, write the Start record, and recover what dead writers left.
 
         `wake` is called from the writer thread when `durable` moved, memory came free or `failed`
-        changed.
+        changed. Raises OSError or EvidenceError when there is no space to begin with.
         """
         self._store, self._keys = store, keys
         self._settings = settings or WriterSettings()
         store.prepare()
-        self.incarnation = store.next_generation()
+        self._life = Incarnation.claim(store)
+        self.incarnation = self._life.number
         self._tag = self.incarnation << 32
         self._next_session = 0
-        self._hot, self._lock = _claim(store, self.incarnation)
-        chunks = [Chunk(self._hot / f"{n:02d}.chunk", self._settings.chunk_bytes)
-                  for n in range(self._settings.chunk_count)]  # fmt: skip
-        self._committer = Committer(store, keys, stream, self.incarnation, self._settings, wake)
+        self._most = min(MOST_FRAME_BYTES, self._settings.chunk_bytes - START - 2 * HEADER_BYTES)
+        self._all: list[Chunk] = []
+        try:
+            for number in range(self._settings.chunk_count):
+                path = self._life.hot / f"{number:02d}.chunk"
+                self._all.append(Chunk(path, self._settings.chunk_bytes))
+            self._committer = Committer(
+                store, keys, stream, self.incarnation, self._settings, wake
+            )  # fmt: skip
+        except BaseException:
+            self._unmap()
+            self._life.end()  # nothing was written yet
+            raise
         self._sequence = 0
-        self._chunk = chunks[0]
+        self._chunk = self._all[0]
         self._chunk.begin(self.incarnation, 0, 0)
         self._committer.chunks.append(self._chunk)
-        self._committer.free.extend(chunks[1:])
-        self._all = chunks
-        self._reader: SegmentReader | None = None
-        self._read_back_cache: tuple[tuple[int, int], tuple[int, memoryview]] | None = None
+        self._committer.free.extend(self._all[1:])
+        self._read_back = ReadBack(store, keys)
         self._committer.start()
         self._open(role, worker, config_sha256)
 
@@ -79,32 +87,46 @@ class SegmentWriter:
         with open("/proc/sys/kernel/osrelease", encoding="ascii") as file:
             kernel = file.read().strip()
         boot = boot_id().hex()
-        self.record(
-            0,
-            Start(role, worker, os.getpid(), boot, VERSION, config_sha256, kernel),
-            time.time_ns(),
-        )
+        start = Start(role, worker, os.getpid(), boot, VERSION, config_sha256, kernel)
+        self.record(0, start, time.time_ns())
         self.recover()
 
     def recover(self) -> int:
-        """Complete the evidence of every dead writer; return how many there were."""
-        found = recover.dead(self._store, self.incarnation)
-        for remains in found:
-            record, unreadable = recover.complete(self._store, self._keys, remains)
-            self.record(0, record, time.time_ns())
-            if unreadable:
-                gap = Gap(
-                    "worker",
-                    "unreadable-chunk",
-                    count=len(unreadable),
-                    detail=", ".join(unreadable),
-                )
+        """Complete the evidence of every dead writer; return how many there were.
+
+        Those for which there is no space now are left for a later call, or for the next start.
+        """
+        completed = 0
+        while found := incarnation.dead(self._store, self.incarnation):
+            done = [entry for entry in found if self._complete(entry)]
+            if done:
+                try:
+                    self.wait_durable()
+                except EvidenceError:
+                    for entry in done:
+                        entry.leave()
+                    break
+            for entry in done:
+                entry.end()
+            completed += len(done)
+            if len(done) < len(found):
+                break
+        return completed
+
+    def _complete(self, entry: Incarnation) -> bool:
+        """Complete one; its lock is given back when that fails."""
+        try:
+            what = recover.complete(self._store, self._keys, entry)
+            if what.record is not None:
+                self.record(0, what.record, time.time_ns())
+            if what.unreadable:
+                detail = ", ".join(what.unreadable)[:4096]
+                gap = Gap("worker", "unreadable-chunk", count=len(what.unreadable), detail=detail)
                 self.record(0, gap, time.time_ns())
-        if found:
-            self.wait_durable()
-            for remains in found:
-                recover.forget(remains)
-        return len(found)
+        except (OSError, EvidenceError):
+            entry.leave()
+            return False
+        return True
 
     @property
     def position(self) -> int:
@@ -142,15 +164,19 @@ class SegmentWriter:
 
         None means: stop reading until `wake`. One chunk is always kept for records.
         """
+        committer = self._committer
+        if committer.failed is not None:
+            return None
         chunk = self._chunk
         room = self._settings.chunk_bytes - chunk.fill - 2 * HEADER_BYTES
         if room < want and (room < LEAST_ROOM or room < want >> 2):
-            if self._committer.failed is not None or len(self._committer.free) < 2:
-                return None
-            chunk = self._rotate()
-            room = self._settings.chunk_bytes - chunk.fill - 2 * HEADER_BYTES
-        elif self._committer.failed is not None:
-            return None
+            if len(committer.free) < 2:
+                if room < LEAST_ROOM:
+                    committer.hurry()
+                    return None
+            else:
+                chunk = self._rotate()
+                room = self._settings.chunk_bytes - chunk.fill - 2 * HEADER_BYTES
         start = chunk.fill + HEADER_BYTES
         return chunk.view[start : start + (want if want < room else room & -8)]
 
@@ -170,6 +196,8 @@ class SegmentWriter:
         words[at + 2] = time_ns
         words[at + 3] = offset
         words[at] = self._tag | kind << 24 | length
+        if end >= chunk.limit:
+            chunk.mark(end)
         chunk.fill = end
         if self._committer.asleep:
             self._committer.kick()
@@ -181,20 +209,21 @@ class SegmentWriter:
         """Publish a copy of `payload`; return the position after it. EvidenceError when there is no
         memory left.
 
-        Data longer than a chunk becomes several frames; a record must fit one chunk.
+        Long data becomes several frames; a record must fit a chunk.
         """
         size = len(payload)
-        most = self._settings.chunk_bytes - START - 2 * HEADER_BYTES
-        if size > most:
-            if kind >= FIRST_RECORD:
-                raise EvidenceError(f"a record of {size} bytes does not fit a chunk")
+        if size > self._most and kind < FIRST_RECORD:
             view = memoryview(payload)
-            for start in range(0, size, most):
-                piece = view[start : start + most]
+            position = self.position
+            for start in range(0, size, self._most):
+                piece = view[start : start + self._most]
                 position = self.append(kind, session, piece, time_ns, offset + start)
             return position
         chunk = self._chunk
-        if chunk.fill + padded(size) + HEADER_BYTES > self._settings.chunk_bytes:
+        needed = padded(size) + HEADER_BYTES
+        if chunk.fill + needed > self._settings.chunk_bytes:
+            if START + needed > self._settings.chunk_bytes:
+                raise EvidenceError(f"a record of {size} bytes does not fit a chunk")
             if not self._committer.free:
                 self._wait_for_chunk()
             chunk = self._rotate()
@@ -205,6 +234,10 @@ class SegmentWriter:
     def record(self, session: int, record: Record, time_ns: int) -> int:
         """Publish a record; return the position after it."""
         return self.append(KINDS[type(record)], session, encode(record), time_ns)
+
+    def hurry(self) -> None:
+        """Ask for memory: commit now, whether or not it survives power loss; `wake` tells."""
+        self._committer.hurry()
 
     def sync(self) -> None:
         """Ask for everything published so far to survive power loss; `wake` tells when `durable`
@@ -232,28 +265,31 @@ class SegmentWriter:
         """
         return Held(self._chunk, end - length, length, self._read_back)
 
-    def payload_end(self, position: int, length: int) -> int:
-        """Return where the payload of the frame that ended at `position` ends, without its
-        padding.
-        """
-        return position - (-length & 7)
-
     def close(self, reason: str = "stop") -> None:
-        """Write the Stop record, commit everything, end the segment and give the memory back."""
-        self.record(0, Stop(reason), time.time_ns())
-        self._committer.stop()
-        self._read_back_cache = None
-        finished = self._committer.failed is None
+        """Write the Stop record, commit everything, end the segment and give the memory back.
+
+        What the disk refuses stays in memory, for the next start.
+        """
+        try:
+            self.record(0, Stop(reason), time.time_ns())
+        except EvidenceError:
+            pass  # no memory left on a full disk: the next start completes this incarnation
+        complete = self._committer.stop()
+        self._read_back.close()
+        self._unmap()
+        if complete:
+            self._life.end()
+        else:
+            self._life.leave()
+
+    def _unmap(self) -> None:
         for chunk in self._all:
             chunk.close()
-        if finished:
-            shutil.rmtree(self._hot, ignore_errors=True)
-        os.close(self._lock)
 
     def _rotate(self) -> Chunk:
         chunk = self._committer.free.popleft()
         for held in chunk.held:
-            held.move_out(chunk.commits)
+            held.move_out()
         chunk.held.clear()
         base = self._chunk.end
         self._sequence += 1
@@ -264,30 +300,9 @@ class SegmentWriter:
         return chunk
 
     def _wait_for_chunk(self) -> None:
-        until = time.monotonic() + 5.0
+        until = time.monotonic() + CHUNK_WAIT_S
         self._committer.hurry()
         while not self._committer.free:
             if self._committer.failed is not None or time.monotonic() > until:
                 raise self._committer.failed or EvidenceError("no memory left for a record")
             time.sleep(0.0005)
-
-    def _read_back(self, generation: int, offset: int) -> tuple[int, memoryview]:
-        key = (generation, offset)
-        if self._read_back_cache is None or self._read_back_cache[0] != key:
-            with SegmentReader(self._store.segment(generation), self._keys) as reader:
-                commit = reader.commit_at(offset)
-                if commit is None:
-                    raise EvidenceError(f"segment {generation:08x} lost its commit at {offset}")
-                self._read_back_cache = (key, (commit.base, memoryview(reader.plaintext(commit))))
-        return self._read_back_cache[1]
-
-
-def _claim(store: Store, incarnation: int) -> tuple[Path, int]:
-    """Make this writer's hot directory, locked before anyone can see it under its name."""
-    final = store.hot / f"{incarnation:08x}"
-    scratch = store.hot / f".new.{incarnation:08x}"
-    scratch.mkdir(mode=0o700)
-    lock = os.open(scratch / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.rename(scratch, final)
-    return final, lock

@@ -25,18 +25,25 @@ class Store:
         self.run = run
         self.evidence = state / "evidence"
         self.segments = self.evidence / "segments"
+        self.open = self.evidence / "open"  #: one locked file per living incarnation
         self.ledger = self.evidence / "ledger"
         self.index = self.evidence / "index.sqlite"
-        self.hot = run / "hot"
+        self.hot = run / "hot"  #: one directory of chunks per living incarnation
 
     def prepare(self) -> None:
         """Make the directories, owner only."""
-        for path in (self.state, self.evidence, self.segments, self.ledger, self.run, self.hot):
+        for path in (
+            self.state, self.evidence, self.segments, self.open, self.ledger, self.run, self.hot
+        ):  # fmt: skip
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def segment(self, generation: int) -> Path:
         """Return the path of a segment."""
         return self.segments / f"{generation:08x}.seg"
+
+    def unused(self, incarnation: int, generation: int) -> Path:
+        """Return the path of a segment that is being made ready and holds nothing yet."""
+        return self.segments / f"{incarnation:08x}.{generation:08x}.pre"
 
     def generations(self) -> list[int]:
         """Return the generations of the segments on disk, oldest first."""
@@ -50,7 +57,7 @@ class Store:
 
     def next_generation(self) -> int:
         """Take the next generation; a number that was given out is never given again, not even
-        after a crash.
+        after a crash or when the counter was lost.
         """
         with self._locked(self.evidence / "generation") as fd:
             text = os.pread(fd, 32, 0).decode("ascii").strip()
@@ -60,6 +67,8 @@ class Store:
                 raise EvidenceError("the generation counter is used up")
             os.pwrite(fd, f"{generation:08x}\n".encode(), 0)
             os.fdatasync(fd)
+        if not text:
+            sync_directory(self.evidence)
         return generation
 
     @contextlib.contextmanager
@@ -70,3 +79,12 @@ class Store:
             yield fd
         finally:
             os.close(fd)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory survive power loss."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from capture.crypt import Keys
+    from capture.uncached import Uncached
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +52,27 @@ class CommitInfo:
 class SegmentReader:
     """Random and sequential access to the commits of one segment; a context manager."""
 
-    def __init__(self, path: Path, keys: Keys | None = None) -> None:
-        """Open the file; FormatError when it is no segment. Without keys only `raw` can be read."""
+    def __init__(
+        self, path: Path, keys: Keys | None = None, *, uncached: Uncached | None = None
+    ) -> None:
+        """Open the file; FormatError when it is no segment. Without keys only `raw` can be read.
+
+        With `uncached` commits are read past the page cache.
+        """
         self.path = path
+        self._uncached = uncached
+        self._direct = -1
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            if uncached is not None:
+                # Only heads come through the page cache: read nothing ahead of them.
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+                self._direct = uncached.open(path)
             block = os.pread(self._fd, BLOCK, 0)
             self.header = SegmentHeader.unpack(block)
             self._aead = None if keys is None else AESGCM(SegmentHeader.data_key(block, keys))
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
 
     def __enter__(self) -> Self:
@@ -77,13 +89,15 @@ class SegmentReader:
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
+        if self._direct >= 0:
+            os.close(self._direct)
 
     def commit_at(self, offset: int) -> CommitInfo | None:
         """Return the commit whose header is at `offset`; None where nothing was written yet."""
         head = os.pread(self._fd, COMMIT_BYTES, offset)
         if len(head) < COMMIT_BYTES or head[:4] != COMMIT_MAGIC:
             return None
-        magic, generation, number, flags, plain, total, base, time_ns, previous, _zero = (
+        _magic, generation, number, flags, plain, total, base, time_ns, previous, _zero = (
             COMMIT.unpack(head)
         )
         if (
@@ -109,14 +123,20 @@ class SegmentReader:
             if commit.final:
                 return
 
-    def raw(self, commit: CommitInfo) -> bytes:
-        """Return the commit's whole block range as it lies on disk."""
-        content = os.pread(self._fd, commit.total_bytes, commit.offset)
+    def raw(self, commit: CommitInfo) -> bytes | memoryview:
+        """Return the commit's whole block range as it lies on disk; of an uncached read it is there
+        until the next one.
+        """
+        content: bytes | memoryview
+        if self._uncached is not None:
+            content = self._uncached.read(self._direct, commit.total_bytes, commit.offset)
+        else:
+            content = os.pread(self._fd, commit.total_bytes, commit.offset)
         if len(content) != commit.total_bytes:
             raise FormatError(f"{self.path.name}: commit at {commit.offset} is cut off")
         return content
 
-    def open(self, raw: bytes, commit: CommitInfo) -> bytes:
+    def open(self, raw: bytes | memoryview, commit: CommitInfo) -> bytes:
         """Return the plaintext of a commit's block range; FormatError when it does not
         authenticate.
         """
@@ -126,8 +146,8 @@ class SegmentReader:
         try:
             return self._aead.decrypt(
                 nonce(self.header.generation, commit.number),
-                view[COMMIT_BYTES:end],  # type: ignore[arg-type]  # any buffer will do
-                view[:COMMIT_BYTES],  # type: ignore[arg-type]
+                view[COMMIT_BYTES:end],
+                view[:COMMIT_BYTES],
             )
         except InvalidTag as wrong:
             raise FormatError(
@@ -138,6 +158,6 @@ class SegmentReader:
         """Return the frames of a commit."""
         return self.open(self.raw(commit), commit)
 
-    def digest(self, raw: bytes) -> bytes:
+    def digest(self, raw: bytes | memoryview) -> bytes:
         """Return the SHA-256 of a commit's block range: what the ledger commits to."""
         return hashlib.sha256(raw).digest()

@@ -11,7 +11,7 @@ from hashlib import sha256
 from struct import pack
 from typing import TYPE_CHECKING, Any
 
-from capture.frames import FIRST_RECORD, HEADER, HEADER_BYTES, SESSION_BITS
+from capture.frames import FIRST_RECORD, HEADER, HEADER_BYTES, SESSION_BITS, session_name
 from capture.merkle import Frontier
 from capture.records import KINDS, Gap, Operation
 
@@ -28,9 +28,12 @@ _GAP = KINDS[Gap]
 class Tally:
     """Counts and sub-root of one open session, up to the last whole commit."""
 
-    __slots__ = ("extents", "frames", "gaps", "opened_ns", "operations", "records", "sizes", "tree")
+    __slots__ = (
+        "extents", "frames", "gaps", "name", "opened_ns", "operations", "records", "sizes", "tree",
+    )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, session: int) -> None:
+        self.name = session_name(session)
         self.opened_ns = 0  #: time of its SessionOpen; 0 while that was not seen
         self.sizes = [0, 0, 0, 0]  #: payload of UP, DOWN, UP_OWN and DOWN_OWN frames
         self.frames = 0
@@ -56,9 +59,9 @@ class Tally:
         ]  # fmt: skip
 
     @classmethod
-    def load(cls, values: list[Any]) -> Tally:
+    def load(cls, session: int, values: list[Any]) -> Tally:
         """Return the tally that `save` gave."""
-        tally = cls()
+        tally = cls(session)
         tally.opened_ns = values[0]
         tally.sizes = values[1:5]
         tally.frames, tally.records, tally.operations, tally.gaps = values[5:9]
@@ -79,7 +82,7 @@ def read_commit(
     `found` is called for each frame of a kind in `wanted`, after it was counted. Returns the
     tallies that have extents now, and where the frames end: the commit's length, if all is well.
     """
-    touched: list[Tally] = []
+    touched: list[Tally] = []  # longer than other functions: a call for each frame would show
     unpack = HEADER.unpack_from
     size = len(plaintext)
     at = 0
@@ -93,7 +96,7 @@ def read_commit(
         if session >> SESSION_BITS == incarnation:
             tally = tallies.get(session)
             if tally is None:
-                tally = tallies[session] = Tally()
+                tally = tallies[session] = Tally(session)
             extents = tally.extents
             if not extents:
                 touched.append(tally)

@@ -8,8 +8,8 @@ The blob is canonical JSON: bytecode with the map references and the tracepoint 
 and where they belong. The same sources give the same bytes, on any kernel.
 
 BCC needs kernel headers. Where the running kernel has none, those of Debian's cloud kernel serve
-(package linux-headers-cloud-amd64): the programs use UAPI types and stable helpers only, and read
-no kernel struct.
+(package linux-headers-cloud-amd64): the programs are compiled against UAPI types and stable helpers
+only; the offsets of kernel structs come from the running kernel's BTF when they are loaded.
 """
 
 from __future__ import annotations
@@ -49,27 +49,20 @@ class _Program:
     kind: int
     attach_type: int
     attach: str  # "cgroup" or "tracepoint:category/name"
-    optional: bool = False  # its tracepoint is absent on some kernels, and the sensor does without
 
 
 _TABLE: Final = {
     "on_exec": _Program(_TRACEPOINT, 0, "tracepoint:sched/sched_process_exec"),
     "on_newtask": _Program(_TRACEPOINT, 0, "tracepoint:task/task_newtask"),
     "on_exit": _Program(_TRACEPOINT, 0, "tracepoint:sched/sched_process_exit"),
-    "on_execve": _Program(_TRACEPOINT, 0, "tracepoint:syscalls/sys_enter_execve", optional=True),
-    "on_execveat": _Program(
-        _TRACEPOINT, 0, "tracepoint:syscalls/sys_enter_execveat", optional=True
-    ),
     "on_connect4": _Program(_SOCK_ADDR, _INET4_CONNECT, "cgroup"),
     "on_connect6": _Program(_SOCK_ADDR, _INET6_CONNECT, "cgroup"),
     "on_sockops": _Program(_SOCK_OPS, _CGROUP_SOCK_OPS, "cgroup"),
 }
 #: Placeholder offsets of the context structs in process.bpf.c, and the fields that they mean.
 _PLACEHOLDERS: Final = {
-    "on_exec": {0x4000: "filename", 0x4100: "old_pid"},
+    "on_exec": {0x4000: "filename"},
     "on_newtask": {0x4200: "pid", 0x4300: "clone_flags"},
-    "on_execve": {0x4400: "argv"},
-    "on_execveat": {0x4400: "argv"},
 }
 
 
@@ -110,7 +103,7 @@ def compiled() -> dict[str, Any]:
     if folder is None:
         raise BuildError(
             f"no kernel headers for {release}: apt-get install linux-headers-cloud-amd64 "
-            "(any version does: the programs use stable types only)"
+            "(any version does: the programs are compiled against stable types only)"
         )
     module = _bcc_module(folder, own=folder.name == release)
     maps, names = _maps(module)
@@ -211,7 +204,6 @@ def _program(module: Any, name: str, map_names: dict[int, str]) -> dict[str, Any
         "code": base64.b64encode(bytes(code)).decode(),
         "fields": fields,
         "maps": maps,
-        "optional": what.optional,
         "type": what.kind,
     }
 

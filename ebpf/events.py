@@ -32,18 +32,21 @@ OPTION_EXID: Final = 0x4E48
 _MAPPED = bytes(10) + b"\xff\xff"
 
 CONNECT: Final = struct.Struct("<5Q4I16s16s16sHHI")
-RECORD: Final = struct.Struct("<4Q6I16s256s512s")
-RECORD_HEAD: Final = struct.Struct("<4Q6I16s")
-PROCESS: Final = struct.Struct("<3Q2IiI")
+RECORD: Final = struct.Struct("<5Q8I16s256s512s")
+RECORD_HEAD: Final = struct.Struct("<5Q8I16s")
+PROCESS: Final = struct.Struct("<3Q4I")
 IDENT: Final = struct.Struct("<3Q4I16s")
-SETTINGS: Final = struct.Struct("<4Q4I")
+SETTINGS: Final = struct.Struct("<4Q12I")
 
 assert CONNECT.size == 112
-assert RECORD.size == 840
-assert RECORD_HEAD.size == 72
+assert RECORD.size == 856
+assert RECORD_HEAD.size == 88
 assert PROCESS.size == 40
 assert IDENT.size == 56
-assert SETTINGS.size == 48
+assert SETTINGS.size == 80
+
+#: `Process.flags`: sockets of this process are never noted, because it is a gate.
+SKIPPED: Final = 1
 
 _HOST_SHIFT = 48
 _EPOCH_SHIFT = 36
@@ -59,11 +62,9 @@ class Kind(IntEnum):
     """What a process record of the kernel says."""
 
     EXEC = 1  #: a program was started
-    EXIT = 2  #: the process that last ran under this handle is gone; only the head is sent
-    #: a process without a handle connected (older than the sensor, or forked outside its cgroups)
-    SEEN = 3
-    MOVED = 4  #: a process connected from another cgroup, or as another user, than its handle says
-    FOUND = 5  #: written by the sensor's scan of /proc at start
+    #: a process without a handle connected (older than the sensor, and not found by its scan)
+    SEEN = 2
+    MOVED = 3  #: a process connected from another cgroup, or as another user, than its handle says
 
 
 class Lost(IntEnum):
@@ -172,18 +173,24 @@ class Connect(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One process record (`struct record`); `path` and `argv` are empty in the short form."""
+    """One process record (`struct record`); `path` and `argv` are empty in the short form.
+
+    `inode` and `device` name the executable as the kernel does; both are 0 when there is none.
+    """
 
     ts: int
     handle: int
     parent: int
     cgroup: int
+    inode: int
+    device: int
     kind: int
     tgid: int
     ptgid: int
     uid: int
     gid: int
     argv_bytes: int
+    unused: int
     comm: bytes
     path: bytes = b""
     argv: bytes = b""
@@ -201,11 +208,16 @@ class Record(NamedTuple):
 
     @property
     def arguments(self) -> list[str]:
-        """Return what the kernel noted of argv: at most 16 arguments of at most 127 bytes."""
-        if not self.argv_bytes:
+        """Return argv; its last word is cut when `cut` is true."""
+        if not self.argv_bytes or not self.argv:
             return []
-        parts = self.argv[: self.argv_bytes].split(b"\0")
-        return [text(part) for part in parts[:-1]]
+        kept = self.argv[: self.argv_bytes]
+        return [text(part) for part in kept.removesuffix(b"\0").split(b"\0")]
+
+    @property
+    def cut(self) -> bool:
+        """Say whether the arguments were longer than the record keeps (512 bytes)."""
+        return self.argv_bytes > len(self.argv) > 0
 
 
 class Process(NamedTuple):
@@ -216,8 +228,8 @@ class Process(NamedTuple):
     cgroup: int
     uid: int
     parent_pid: int
-    threads: int
-    flags: int
+    flags: int = 0
+    unused: int = 0
 
     @classmethod
     def parse(cls, data: bytes) -> Process:
@@ -229,6 +241,21 @@ class Process(NamedTuple):
         return PROCESS.pack(*self)
 
 
+class Offsets(NamedTuple):
+    """Where members of this kernel's structs lie, in the order of `struct settings`."""
+
+    task_mm: int
+    task_signal: int
+    signal_live: int
+    mm_exe: int
+    mm_arg_start: int
+    mm_arg_end: int
+    file_inode: int
+    inode_number: int
+    inode_super: int
+    super_device: int
+
+
 class Settings(NamedTuple):
     """What the programs are told at start (`struct settings`)."""
 
@@ -237,13 +264,11 @@ class Settings(NamedTuple):
     base: int
     cgroup: int
     level: int
-    filter: int
     give_up: int
-    unused: int = 0
 
-    def pack(self) -> bytes:
+    def pack(self, offsets: Offsets) -> bytes:
         """Return the value of the settings map."""
-        return SETTINGS.pack(*self)
+        return SETTINGS.pack(*self, *offsets)
 
 
 def text(data: bytes) -> str:
@@ -268,6 +293,7 @@ def shown(address: bytes) -> str:
 
 
 _HEAD = struct.Struct("<IB")
+_MESSAGES: Final = {int(kind): kind for kind in Message}
 _HANDLE = struct.Struct("<Q")
 #: Longest message; an owner record is bounded far below it.
 LONGEST: Final = 1 << 20
@@ -294,25 +320,43 @@ def handle_of(body: bytes) -> int:
     return number
 
 
+_PORTS = struct.Struct("<HH")
+_FOUR_TUPLE = slice(72, 108)
+
+
+def four_tuple(saddr: bytes, sport: int, daddr: bytes, dport: int) -> bytes:
+    """Return the ends of a connection as they lie in `struct connect_event`; packed addresses."""
+    return mapped(saddr) + mapped(daddr) + _PORTS.pack(sport, dport)
+
+
+def four_tuple_of(event: bytes) -> bytes:
+    """Return the ends of the connection in a CONNECT body; ValueError when it is no such body."""
+    if len(event) != CONNECT.size:
+        raise ValueError(f"connect event of {len(event)} bytes")
+    return event[_FOUR_TUPLE]
+
+
 class Messages:
     """Cuts a stream into (type, body); ValueError when the peer does not speak this protocol."""
 
     def __init__(self, longest: int = LONGEST) -> None:
-        self._data = bytearray()
+        self._rest = b""
         self._longest = longest
 
     def feed(self, data: bytes) -> list[tuple[Message, bytes]]:
         """Add what was received and return the messages that are whole now."""
-        self._data += data
+        if self._rest:
+            data = self._rest + data
         found: list[tuple[Message, bytes]] = []
-        at = 0
-        while len(self._data) - at >= _HEAD.size:
-            length, kind = _HEAD.unpack_from(self._data, at)
-            if not 1 <= length <= self._longest:
-                raise ValueError(f"message of {length} bytes")
-            if len(self._data) - at < 4 + length:
+        at, size = 0, len(data)
+        while size - at >= _HEAD.size:
+            length, kind = _HEAD.unpack_from(data, at)
+            if not 1 <= length <= self._longest or kind not in _MESSAGES:
+                raise ValueError(f"message of {length} bytes and type {kind}")
+            end = at + 4 + length
+            if end > size:
                 break
-            found.append((Message(kind), bytes(self._data[at + _HEAD.size : at + 4 + length])))
-            at += 4 + length
-        del self._data[:at]
+            found.append((_MESSAGES[kind], data[at + _HEAD.size : end]))
+            at = end
+        self._rest = data[at:]
         return found

@@ -24,16 +24,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebpf import syscalls
+from ebpf.btf import Types, TypesMissing
 from ebpf.build import FORMAT, PROGRAMS, source_hash
-from ebpf.events import PROCESS, RECORD, RECORD_HEAD, Lost, Process, Record, Settings, mapped
+from ebpf.events import (
+    PROCESS,
+    RECORD,
+    RECORD_HEAD,
+    SKIPPED,
+    Lost,
+    Offsets,
+    Process,
+    Record,
+    Settings,
+    mapped,
+)
 from ebpf.ring import Ring
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from ipaddress import IPv4Network, IPv6Network
 
-_ANCESTOR_CGROUP_ID = 123
-_CALL = struct.Struct("<BBhi")
+#: The members behind the fields of `Offsets`.
+_MEMBERS = (
+    ("task_struct", "mm"), ("task_struct", "signal"), ("signal_struct", "live"),
+    ("mm_struct", "exe_file"), ("mm_struct", "arg_start"), ("mm_struct", "arg_end"),
+    ("file", "f_inode"), ("inode", "i_ino"), ("inode", "i_sb"), ("super_block", "s_dev"),
+)  # fmt: skip
 _ZERO = struct.pack("=I", 0)
 
 
@@ -97,8 +113,6 @@ class Programs:
         self.maps: dict[str, int] = {}
         self.loaded: dict[str, int] = {}
         self.links: list[int] = []
-        self.absent: list[str] = []  #: optional programs that this kernel has no place for
-        self.filters = True  #: whether the kernel itself tells processes below the cgroup
         self._blob = blob
 
     @classmethod
@@ -137,24 +151,11 @@ class Programs:
         for index, map_name in program["maps"]:
             struct.pack_into("<i", code, index * 8 + 4, self.maps[map_name])
         if program["fields"]:
-            try:
-                fields = _tracepoint_fields(tracefs, program["attach"])
-            except FileNotFoundError:
-                if not program["optional"]:
-                    raise
-                self.absent.append(name)
-                return
-            _patch(code, program["fields"], fields, name)
-        if not self.filters:
-            _without_ancestors(code)
-        kind, attach_type = program["type"], program["attach_type"]
+            _patch(code, program["fields"], _tracepoint_fields(tracefs, program["attach"]), name)
         try:
-            fd = syscalls.program_load(kind, bytes(code), attach_type, name)
+            fd = syscalls.program_load(program["type"], bytes(code), program["attach_type"], name)
         except syscalls.Refused as refused:
-            if not (self.filters and _without_ancestors(code)):
-                raise LoadError(f"{refused}\n{refused.log}") from refused
-            fd = syscalls.program_load(kind, bytes(code), attach_type, name)
-            self.filters = False
+            raise LoadError(f"{refused}\n{refused.log}") from refused
         self.loaded[name] = self._own(fd)
 
     def configure(
@@ -163,14 +164,12 @@ class Programs:
         prefixes: Iterable[IPv4Network | IPv6Network],
         skipped: Iterable[int] = (),
     ) -> None:
-        """Give the programs their key, their handles' base, and where the option goes; before
-        `attach`.
+        """Give the programs their key, their handles' base, this kernel's offsets, and where the
+        option goes; before `attach`.
 
         `skipped` are cgroup ids whose sockets are left alone: those of the gate.
         """
-        if not self.filters:
-            settings = settings._replace(filter=0)
-        syscalls.map_put(self.maps["settings"], _ZERO, settings.pack())
+        syscalls.map_put(self.maps["settings"], _ZERO, settings.pack(kernel_offsets()))
         for prefix in prefixes:
             length = prefix.prefixlen + (96 if prefix.version == 4 else 0)
             address = mapped(prefix.network_address.packed)
@@ -233,10 +232,12 @@ class Programs:
             return False
         return True
 
-    def add_record(self, record: Record) -> None:
-        """Keep a record that the sensor made itself where the kernel keeps its own."""
-        key = struct.pack("=Q", record.handle)
-        syscalls.map_put(self.maps["records"], key, record.pack())
+    def skip_process(self, pid: int) -> None:
+        """Leave the sockets of a process alone from now on, until it runs another program."""
+        key = struct.pack("=I", pid)
+        process = self.process(pid) or Process(0, 0, 0, 0, 0)
+        changed = process._replace(flags=process.flags | SKIPPED)
+        syscalls.map_put(self.maps["processes"], key, changed.pack())
 
     def record(self, handle: int) -> Record | None:
         """Return what the kernel recorded of a handle, also when the process is gone."""
@@ -252,6 +253,15 @@ class Programs:
         self._fds.close()
         self.links.clear()
         self.loaded.clear()
+
+
+def kernel_offsets() -> Offsets:
+    """Return where the running kernel keeps what the programs follow; LoadError without BTF."""
+    try:
+        types = Types()
+        return Offsets(*[types.offset(name, member) for name, member in _MEMBERS])
+    except TypesMissing as missing:
+        raise LoadError(f"{missing}: boot a kernel with CONFIG_DEBUG_INFO_BTF=y") from missing
 
 
 def _tracepoint_file(tracefs: int, attach: str, name: str) -> str:
@@ -281,20 +291,6 @@ def _patch(
                 "the programs must be adapted to it"
             )
         struct.pack_into("<h", code, index * 8 + 2, offset)
-
-
-def _without_ancestors(code: bytearray) -> bool:
-    """Replace calls of a helper that older kernels lack by `r0 = 0`; says whether there were
-    any.
-    """
-    call = _CALL.pack(0x85, 0, 0, _ANCESTOR_CGROUP_ID)
-    nothing = _CALL.pack(0xB7, 0, 0, 0)
-    found = False
-    for at in range(0, len(code), 8):
-        if code[at : at + 8] == call:
-            code[at : at + 8] = nothing
-            found = True
-    return found
 
 
 def _explained(wrong: OSError) -> str:

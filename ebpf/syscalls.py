@@ -13,6 +13,7 @@ import fcntl
 import os
 import platform
 import struct
+from pathlib import Path
 from typing import Final
 
 _NUMBERS: Final = {
@@ -133,7 +134,7 @@ def program_missed(program: int) -> int:
     """Return how often the kernel skipped a program because another one ran on that processor."""
     info = ctypes.create_string_buffer(232)
     _bpf(_OBJ_GET_INFO, struct.pack("=IIQ", program, 232, _address(info)))
-    missed: int = struct.unpack_from("=Q", info.raw, 216)[0]
+    missed: int = struct.unpack_from("=Q", info.raw, 208)[0]
     return missed
 
 
@@ -151,7 +152,7 @@ def tracefs() -> int:
     The private one is in nobody's mount table and ends with the descriptor.
     """
     for path in ("/sys/kernel/tracing", "/sys/kernel/debug/tracing"):
-        if os.path.exists(f"{path}/events"):
+        if Path(path, "events").exists():
             return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     context = _call(_FSOPEN, b"tracefs", 1)
     try:
@@ -169,7 +170,9 @@ _FAN_MARK_ADD, _FAN_MARK_FILESYSTEM = 0x1, 0x100
 
 def fanotify_init() -> int:
     """Open a notification group: events only, never permission requests, non-blocking."""
-    result: int = _libc.fanotify_init(_FAN_NONBLOCK_CLOEXEC, os.O_RDONLY | os.O_CLOEXEC)
+    result: int = _libc.fanotify_init(
+        _FAN_NONBLOCK_CLOEXEC, os.O_RDONLY | os.O_CLOEXEC | os.O_NOATIME
+    )
     return _checked(result)
 
 

@@ -8,15 +8,20 @@ never someone else's.
 A 4-tuple is used again by the next connection from the same port. If that one's event were lost,
 the old entry would name the wrong process, so connections live a short time, `take` removes what
 was used, and `forget_connects` is for the moment when the sensor reports lost connect events.
+
+Events come for every connection of every host, and are needed for the few whose SYN lost its
+option: an event is kept as the bytes that came, under those 36 of them that are the 4-tuple.
 """
 
 from __future__ import annotations
 
+import struct
 from typing import Any, NamedTuple
 
-from ebpf.events import mapped
+from ebpf.events import four_tuple_of
 
 NS = 1_000_000_000
+_EVENT = struct.Struct("<QQ16xQ")  #: handle, cgroup and time at the start of a connect event
 
 
 class Connected(NamedTuple):
@@ -28,14 +33,11 @@ class Connected(NamedTuple):
 
 
 class OwnerTable:
-    """Owners by handle, handles by 4-tuple.
-
-    Addresses are packed, 4 or 16 bytes; an IPv4 address and its mapped IPv6 form are the same.
-    """
+    """Owners by handle, handles by 4-tuple (`ebpf.events.four_tuple`)."""
 
     def __init__(
         self,
-        owners: int = 65_536,
+        owners: int = 16_384,
         connects: int = 65_536,
         owner_ns: int = 3600 * NS,
         connect_ns: int = 15 * NS,
@@ -45,7 +47,7 @@ class OwnerTable:
         self._owner_ns = owner_ns
         self._connect_ns = connect_ns
         self._owners: dict[int, tuple[int, dict[str, Any]]] = {}
-        self._connects: dict[bytes, tuple[int, Connected]] = {}
+        self._connects: dict[bytes, tuple[int, bytes]] = {}
         self.evicted_owners = 0  #: pushed out by newer ones before their time
         self.evicted_connects = 0
 
@@ -57,24 +59,17 @@ class OwnerTable:
             self.evicted_owners += 1
         self._owners[handle] = (now_ns + self._owner_ns, owner)
 
-    def add_connect(
-        self,
-        saddr: bytes,
-        sport: int,
-        daddr: bytes,
-        dport: int,
-        handle: int,
-        cgroup_id: int,
-        ts: int,
-        now_ns: int,
-    ) -> None:
-        """Keep who opened a connection; a later one with the same 4-tuple replaces it."""
-        key = _key(saddr, sport, daddr, dport)
+    def add_connect(self, event: bytes, now_ns: int) -> bytes:
+        """Keep who opened a connection (a CONNECT body) and return its 4-tuple; a later event with
+        the same one replaces it. ValueError when it is no such body.
+        """
+        key = four_tuple_of(event)
         self._connects.pop(key, None)
         if len(self._connects) >= self._most_connects:
             del self._connects[next(iter(self._connects))]
             self.evicted_connects += 1
-        self._connects[key] = (now_ns + self._connect_ns, Connected(handle, cgroup_id, ts))
+        self._connects[key] = (now_ns + self._connect_ns, event)
+        return key
 
     def by_handle(self, handle: int, now_ns: int | None = None) -> dict[str, Any] | None:
         """Return the owner record of a handle; with `now_ns`, only if it has not expired."""
@@ -83,23 +78,18 @@ class OwnerTable:
             return None
         return found[1]
 
-    def by_tuple(
-        self, saddr: bytes, sport: int, daddr: bytes, dport: int, now_ns: int | None = None
-    ) -> Connected | None:
-        """Return who opened a connection; with `now_ns`, only if it has not expired."""
-        found = self._connects.get(_key(saddr, sport, daddr, dport))
+    def take(self, key: bytes, now_ns: int | None = None) -> Connected | None:
+        """Return who opened a connection and forget it: the port may serve someone else next.
+        With `now_ns`, only if it has not expired.
+        """
+        found = self._connects.pop(key, None)
         if found is None or (now_ns is not None and found[0] <= now_ns):
             return None
-        return found[1]
+        return Connected(*_EVENT.unpack_from(found[1]))
 
-    def take(
-        self, saddr: bytes, sport: int, daddr: bytes, dport: int, now_ns: int | None = None
-    ) -> Connected | None:
-        """Return who opened a connection and forget it: the port may serve someone else next."""
-        found = self._connects.pop(_key(saddr, sport, daddr, dport), None)
-        if found is None or (now_ns is not None and found[0] <= now_ns):
-            return None
-        return found[1]
+    def forget(self, key: bytes) -> None:
+        """Forget a connection whose owner is known from its SYN."""
+        self._connects.pop(key, None)
 
     def expire(self, now_ns: int) -> int:
         """Forget what is too old; return how many entries went. Costs nothing when none is due."""
@@ -111,11 +101,6 @@ class OwnerTable:
 
     def __len__(self) -> int:
         return len(self._owners) + len(self._connects)
-
-
-def _key(saddr: bytes, sport: int, daddr: bytes, dport: int) -> bytes:
-    ports = sport.to_bytes(2, "big") + dport.to_bytes(2, "big")
-    return mapped(saddr) + mapped(daddr) + ports
 
 
 def _expired(entries: dict[Any, tuple[int, Any]], now_ns: int) -> int:

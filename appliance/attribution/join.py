@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from appliance.attribution import synopt
 from capture.records import Alarm, Attributed
+from ebpf.events import four_tuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +63,7 @@ class _Waiting:
         self.option: synopt.SynOption | None = None  #: one that no known key could judge
         self.handle: int | None = None
         self.how = "syn"
-        self.key = (_packed(client[0]), client[1], _packed(target[0]), target[1])
+        self.key = _four_tuple(client, target)
         self.since = time.monotonic_ns()
         self.timer: Any = None
 
@@ -82,7 +83,7 @@ class Attributor:
         self._loop, self._register, self._table = loop, register, table
         self._link, self._replays, self._wait_s = link, replays, wait_s
         self._by_handle: dict[int, set[_Waiting]] = {}
-        self._by_key: dict[tuple[bytes, int, bytes, int], set[_Waiting]] = {}
+        self._by_key: dict[bytes, set[_Waiting]] = {}
         self._unjudged: set[_Waiting] = set()
         self._answers: dict[tuple[int, str], tuple[dict[str, Any], Attributed]] = {}
         self._covered: dict[str, bool] = {}
@@ -122,6 +123,7 @@ class Attributor:
             return self._not_verified(option, client, target, done)
         if self._replays.seen(mac):
             return self._refused("replayed", option, client, target)
+        self._table.forget(_four_tuple(client, target))
         owner = self._table.by_handle(option.handle)
         if owner is None:
             waiting = _Waiting(client, target, done)
@@ -153,11 +155,11 @@ class Attributor:
 
     def _without_option(self, client: Endpoint, target: Endpoint, done: Any) -> Answer | None:
         waiting = _Waiting(client, target, done)
-        event = self._table.take(*waiting.key, time.monotonic_ns())
+        event = self._table.take(waiting.key, time.monotonic_ns())
         if event is None:
             # Events are sent before the SYN leaves: this one may have come and not been read.
             self._link.drain()
-            event = self._table.take(*waiting.key, time.monotonic_ns())
+            event = self._table.take(waiting.key, time.monotonic_ns())
         if event is not None:
             waiting.handle, waiting.how = event.handle, "event"
             owner = self._table.by_handle(event.handle)
@@ -235,7 +237,7 @@ class Attributor:
             self._finish(waiting, answer)
 
     def _connected(self, waiting: _Waiting) -> None:
-        event = self._table.take(*waiting.key, time.monotonic_ns())
+        event = self._table.take(waiting.key, time.monotonic_ns())
         if event is None:
             return
         self._forget(waiting)
@@ -259,7 +261,10 @@ class Attributor:
             self._finish(waiting, found)
 
     def _late(self, waiting: _Waiting) -> None:
-        self._give_up(waiting, "timeout" if self._link.connected else "no-sensor")
+        # It may have come while this process had other work: timers run before sockets are read.
+        self._link.drain()
+        if waiting.timer is not None:
+            self._give_up(waiting, "timeout" if self._link.connected else "no-sensor")
 
     def _give_up(self, waiting: _Waiting, reason: str) -> None:
         if waiting.option is not None and not self._covers_client(waiting.client[0]):
@@ -271,6 +276,7 @@ class Attributor:
         self._forget(waiting)
         if waiting.timer is not None:
             waiting.timer.cancel()
+            waiting.timer = None
         waiting.done(*_after(answer, waiting))
 
     # -- answers -----------------------------------------------------------------------------------
@@ -359,6 +365,10 @@ def _discard(waiters: dict[Any, set[_Waiting]], key: Any, waiting: _Waiting) -> 
         waiting_there.discard(waiting)
         if not waiting_there:
             del waiters[key]
+
+
+def _four_tuple(client: Endpoint, target: Endpoint) -> bytes:
+    return four_tuple(_packed(client[0]), client[1], _packed(target[0]), target[1])
 
 
 def _packed(address: str) -> bytes:

@@ -40,6 +40,10 @@ SETTLE_S = 1.0
 KEY_BYTES = 16
 MOST_KEYS = 8
 _READ_BYTES = 1 << 16
+#: Losses that may be of a connect event.
+_CONNECTS = ("connect_ring", "cookies", "skipped", "queue")
+#: SYNs that had no room for the option: their event tells the same.
+_NOT_AN_EVENT = "options"
 _PEER = struct.Struct("3i")
 
 
@@ -64,7 +68,7 @@ class News(NamedTuple):
 
     handles: set[int]  #: owners that are known now
     unknown: set[int]  #: handles that the sensor does not know
-    connects: set[tuple[bytes, int, bytes, int]]  #: 4-tuples, addresses packed
+    connects: set[bytes]  #: 4-tuples (`ebpf.events.four_tuple`)
     hello: bool  #: keys and covered clients may have changed
 
 
@@ -118,9 +122,9 @@ class SensorLink:
             self._drop("a question was sent in part")
 
     def drain(self) -> None:
-        """Take in what has arrived, without waiting for the loop."""
-        if self._sock is not None:
-            self._readable()
+        """Take in everything that has arrived, without waiting for the loop."""
+        while self._sock is not None and self._readable():
+            pass
 
     def news(self) -> News:
         """Return what came in since the last call."""
@@ -136,6 +140,17 @@ class SensorLink:
 
     def _connect(self) -> None:
         self._timer = None
+        try:
+            sock = self._connected_socket()
+        except OSError as wrong:
+            log.debug("no sensor: %s", wrong)
+            self._timer = self._loop.call_later(RETRY_S, self._connect)
+            return
+        self._sock = sock
+        self._messages = events.Messages()
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    def _connected_socket(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             sock.connect(str(self._path))
@@ -143,14 +158,10 @@ class SensorLink:
             uid = _PEER.unpack(credentials)[1]
             if uid not in {0, os.geteuid()}:
                 raise PermissionError(f"the sensor's socket belongs to uid {uid}")
-        except OSError as wrong:
+        except BaseException:
             sock.close()
-            log.debug("no sensor: %s", wrong)
-            self._timer = self._loop.call_later(RETRY_S, self._connect)
-            return
-        self._sock = sock
-        self._messages = events.Messages()
-        self._loop.add_reader(sock.fileno(), self._readable)
+            raise
+        return sock
 
     def _disconnect(self) -> None:
         if self._sock is not None:
@@ -167,37 +178,37 @@ class SensorLink:
         if self._timer is None:
             self._timer = self._loop.call_later(RETRY_S, self._connect)
 
-    def _readable(self) -> None:
+    def _readable(self) -> bool:
+        """Take in one read; say whether there may be more."""
         assert self._sock is not None
         try:
             data = self._sock.recv(_READ_BYTES)
             if not data:
                 self._drop("it closed the connection")
-                return
+                return False
+            now = time.monotonic_ns()
             for kind, body in self._messages.feed(data):
-                self._take(kind, body)
+                self._take(kind, body, now)
         except BlockingIOError:
-            return
+            return False
         except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as wrong:
             self._drop(f"{type(wrong).__name__}: {wrong}")
-            return
+            return False
         self._moved()
+        return len(data) == _READ_BYTES
 
-    def _take(self, kind: Message, body: bytes) -> None:
+    def _take(self, kind: Message, body: bytes, now: int) -> None:
         if kind is Message.HELLO:
             self._hello(orjson.loads(body))
         elif not self.connected:
             raise ValueError(f"{kind.name} came before HELLO")
+        elif kind is Message.CONNECT:
+            self._news.connects.add(self._table.add_connect(body, now))
         elif kind is Message.OWNER:
             owner = orjson.loads(body)
             handle = int(owner["handle"], 16)
-            self._table.add_owner(handle, owner, time.monotonic_ns())
+            self._table.add_owner(handle, owner, now)
             self._news.handles.add(handle)
-        elif kind is Message.CONNECT:
-            event = events.Connect.parse(body)
-            key = (event.saddr, event.sport, event.daddr, event.dport)
-            self._table.add_connect(*key, event.handle, event.cgroup, event.ts, time.monotonic_ns())
-            self._news.connects.add(key)
         elif kind is Message.UNKNOWN:
             self._news.unknown.add(events.handle_of(body))
         elif kind is Message.LOST:
@@ -220,8 +231,9 @@ class SensorLink:
         self._news = self._news._replace(hello=True)
 
     def _lost(self, counters: dict[str, Any]) -> None:
-        self.lost = sum(value for value in counters.values() if isinstance(value, int))
-        if self.lost > self._losses:
+        self.lost = sum(count for name, count in counters.items() if name != _NOT_AN_EVENT)
+        connects = sum(counters.get(name, 0) for name in _CONNECTS)
+        if connects > self._losses:
             # A connect event may be among them, and then an older one stands for the wrong process.
             self._table.forget_connects()
-        self._losses = self.lost
+        self._losses = connects

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from appliance.lab import topology
+from appliance.lab.interrupt import interruptible
 from appliance.lab.servers import ServerError, Servers
 from appliance.lab.workloads import SCHEMA, workloads
 
@@ -47,8 +48,7 @@ class Ran:
 def demo(lab: Lab, *, once: bool, as_json: bool) -> int:
     """Run the story; return 0 when everything that must be true is."""
     talk = sys.stderr if as_json else sys.stdout
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    interruptible(signal.SIGINT, signal.SIGTERM)
     try:
         _say(talk, "bringing up client, gate and server")
         lab.up()
@@ -67,10 +67,6 @@ def demo(lab: Lab, *, once: bool, as_json: bool) -> int:
     finally:
         lab.down()
     return 1 if wrong else 0
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _say(talk: TextIO, text: str) -> None:
@@ -180,19 +176,21 @@ def _wrong(ran: list[Ran], sessions: list[dict[str, Any]], count: int) -> list[s
             wrong.append(f"session {session['id']} is attributed to {session['service_account']}")
         elif session["protocol"] != workload.protocol:
             wrong.append(f"session {session['id']} was taken for {session['protocol']}")
-        elif workload.protocol == "postgresql" and not session["operations"]:
-            wrong.append(f"session {session['id']} has no operations")
+    for run in ran:
+        mine = [s for s in sessions if (s["owner"] or {}).get("pid") == run.pid]
+        if run.workload.protocol == "postgresql" and not any(s["operations"] for s in mine):
+            wrong.append(f"{run.workload.argv[0]} of {run.workload.account} has no operations")
     return wrong
 
 
 def _tell(lab: Lab, talk: TextIO, sessions: list[dict[str, Any]], verified: dict[str, Any]) -> None:
     """Print the sessions, the one that matters as a conversation, and where to look further."""
-    row = "{:13}  {:12} {:8} {:28} {:11} {:21} {:>4} {:>9} {:>9}"
+    row = "{:13}  {:12} {:8} {:20} {:11} {:21} {:>4} {:>9} {:>9}"
     names = ("session", "account", "assured", "process", "protocol", "target", "ops", "up", "down")
     print("\n" + row.format(*names), file=talk)
     for session in sessions:
         owner = session["owner"] or {}
-        process = f"{owner.get('exe', '?')} [{owner.get('pid', '?')}]"
+        process = f"{Path(owner.get('exe', '?')).name} [{owner.get('pid', '?')}]"
         account = session["service_account"] or "unknown"
         rest = [session[key] for key in ("protocol", "target", "operations")]
         size = (session["bytes_up"], session["bytes_down"])

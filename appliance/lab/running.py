@@ -41,6 +41,7 @@ class Lab:
 
     def __init__(self, place: Place | None = None) -> None:
         self.place = place or Place()
+        self._supervisor: subprocess.Popen[Any] | None = None  #: when this process started it
 
     @property
     def config(self) -> Config:
@@ -73,6 +74,9 @@ class Lab:
         """End and remove everything that `up` makes; what is not there is not missed."""
         self.stop()
         cgroups.remove(self.place.cgroup)
+        if self._supervisor is not None:
+            self._supervisor.wait()
+            self._supervisor = None
         topology.down(self.place.topology)
         for folder in (self.place.folder, self.place.disk, self.place.memory):
             shutil.rmtree(folder, ignore_errors=True)
@@ -86,9 +90,12 @@ class Lab:
             os.kill(supervisor, signal.SIGTERM)
         until = time.monotonic() + ORDERLY_S
         while time.monotonic() < until and self._alive(supervisor):
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(supervisor, os.WNOHANG)
+            self._reap()
             time.sleep(0.02)
+
+    def _reap(self) -> None:
+        if self._supervisor is not None and self._supervisor.poll() is not None:
+            self._supervisor = None
 
     def status(self) -> dict[str, Any]:
         """Return {up, namespaces, processes: [{role, pid}]}."""
@@ -156,6 +163,7 @@ class Lab:
                 stderr=log,
                 start_new_session=True,
             )
+        self._supervisor = process
         self._note(process.pid)
         self._wait_ready(config, process)
 

@@ -41,6 +41,11 @@ class Opaque:
         """End both sides: an unknown protocol has no native error."""
         return [Close(CLIENT, message), Close(UPSTREAM, message)]
 
+    def held(self, side: Side) -> bytes:
+        """Nothing is ever held."""
+        del side
+        return b""
+
     @property
     def reading(self) -> frozenset[Side]:
         """Both sides, always."""

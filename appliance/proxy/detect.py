@@ -6,6 +6,7 @@ says something.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from appliance.protocols import discover
@@ -19,14 +20,19 @@ MOST_PREFIX_BYTES = 16 * 1024
 
 def detect(prefix: bytes, port: int) -> tuple[Protocol | None, str]:
     """Return (protocol, reason), or (None, "") while more bytes are needed."""
-    protocols = discover()
-    asked = sorted(protocols.values(), key=lambda protocol: port not in protocol.ports)
     undecided = False
-    for protocol in asked:
+    for protocol in _asked(port):
         answer = protocol.probe(prefix)
         if answer is Answer.YES:
             return protocol, ""
         undecided = undecided or answer is Answer.MORE
     if undecided and len(prefix) < MOST_PREFIX_BYTES:
         return None, ""
-    return protocols["opaque"], "no-probe-matched"
+    return discover()["opaque"], "no-probe-matched"
+
+
+@lru_cache(maxsize=1024)
+def _asked(port: int) -> tuple[Protocol, ...]:
+    """Return the protocols in the order of asking; opaque never claims a session."""
+    found = (protocol for protocol in discover().values() if protocol.name != "opaque")
+    return tuple(sorted(found, key=lambda protocol: port not in protocol.ports))

@@ -4,19 +4,29 @@
 from the same memory, and keeps what a slow peer has not taken as claims on the evidence
 (`capture.held.Held`), not as copies. It stops reading while anything is unsent: that is the
 backpressure.
+
+The loop knows a socket by one handler and one mask: a direction is the handler of its source, and
+waits there for bytes to read and, on behalf of the direction back, for space to write.
 """
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections import deque
 from typing import TYPE_CHECKING
 
+from appliance.proxy.loop import DEAD, ENDED, READ, WRITE
+from appliance.proxy.upstream import abort
+from capture.errors import EvidenceError
+from capture.frames import session_name
 from capture.held import Held
 
 if TYPE_CHECKING:
     from appliance.proxy.session import Session
     from appliance.sansio import Side
+
+log = logging.getLogger("narrows.session")
 
 RECEIVE_BYTES = 256 * 1024
 PRIVATE_BYTES = 64 * 1024
@@ -28,67 +38,108 @@ class Direction:
     """Bytes of `side`. `sink` is the socket that they are sent to; `received` counts what came."""
 
     __slots__ = (
-        "ended",
-        "kind",
-        "own_kind",
-        "own_sent",
-        "received",
-        "registered",
-        "relay",
-        "session",
-        "shut",
-        "side",
-        "sink",
-        "source",
-        "unsent",
-        "unsent_bytes",
+        "back", "ended", "fd", "kind", "own_kind", "own_sent", "own_waits", "reading", "received",
+        "relay", "session", "shut", "side", "sink", "source", "unsent", "unsent_bytes", "watched",
         "writing",
     )  # fmt: skip
 
+    back: Direction  #: the other direction of the session
+
     def __init__(
-        self,
-        session: Session,
-        side: Side,
-        source: socket.socket,
-        sink: socket.socket,
-        kind: int,
+        self, session: Session, side: Side, source: socket.socket, sink: socket.socket, kind: int,
         own_kind: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.session = session
         self.side = side
         self.source = source
         self.sink = sink
+        self.fd = source.fileno()
         self.kind = kind  #: frame kind of received bytes
         self.own_kind = own_kind  #: frame kind of the gate's own bytes sent to `sink`
         self.received = 0
         self.own_sent = 0
         self.relay = 0  #: bytes that still pass without the layer; -1 for all
         self.ended = False  #: the source sends no more
-        self.shut = False  #: the sink was told so
-        self.registered = False
-        self.writing = False
-        self.unsent: deque[tuple[Unsent, int]] | None = (
-            None  #: (bytes, stream position that must be durable first)
-        )
+        self.shut = False  #: the sink was told so, or takes no more
+        self.reading = False  #: bytes are wanted from the source
+        self.writing = False  #: the sink is full
+        self.watched = -1  #: the mask that the loop has for the source; -1 for none
+        #: (bytes, stream position that must be durable first), oldest first; None when all was sent
+        self.unsent: deque[tuple[Unsent, int]] | None = None
         self.unsent_bytes = 0
+        self.own_waits = False  #: some of what is unsent is the gate's own
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def event(self, mask: int) -> None:
+        """The loop says what happened on the source."""
+        try:
+            if mask & WRITE:
+                self.back.flush()
+            if self.reading:
+                if mask & ~WRITE:
+                    self.session.readable(self)
+            elif mask & ~WRITE and not self.session.closed:
+                self._unread(mask)
+        except Exception:
+            name = session_name(self.session.number)
+            log.exception("session %s failed", name)
+            self.session.close("error", "gate", reset=True)
+
+    def _unread(self, mask: int) -> None:
+        """Something happened that does not wait until the source is read again."""
+        if mask & DEAD:
+            failed = self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            self.session.broken(self, failed)
+        elif mask & ENDED and self.watched >= 0:
+            # Both directions of the socket are ended, in order; what it still has is read later.
+            # The loop would report it again and again.
+            self.session.worker.sockets.forget(self.fd)
+            self.watched = -1
+
+    def watch(self) -> None:
+        """Tell the loop what is wanted of the source now."""
+        mask = READ if self.reading else 0
+        if self.back.writing:
+            mask |= WRITE
+        if mask != self.watched:
+            sockets = self.session.worker.sockets
+            if self.watched < 0:
+                sockets.watch(self.fd, self.event, mask)
+            else:
+                sockets.change(self.fd, mask)
+            self.watched = mask
+
+    # -- receiving ---------------------------------------------------------------------------------
 
     def receive_relayed(self) -> None:
         """Receive into the evidence and send from there; no layer is asked."""
+        relay = self.relay
+        want = RECEIVE_BYTES if relay < 0 or relay > RECEIVE_BYTES else relay
         session = self.session
         worker = session.worker
         writer = worker.writer
-        area = writer.reserve(RECEIVE_BYTES if self.relay < 0 else min(RECEIVE_BYTES, self.relay))
+        area = writer.reserve(want)
         if area is None:
             worker.stall(session)
             return
-        length = self._receive(area)
-        if length <= 0:
+        try:
+            length = self.source.recv_into(area)
+        except BlockingIOError:
+            return
+        except OSError as wrong:
+            session.broken(self, wrong.errno or 0)
+            return
+        if not length:
+            session.source_ended(self)
             return
         position = writer.publish(self.kind, session.number, self.received, length, worker.now())
         self.received += length
-        if self.relay > 0:
-            self.relay = max(0, self.relay - length)
+        if relay > 0:
+            self.relay = max(0, relay - length)
         self.send(area[:length], position - (-length & 7), position)
+        if not self.relay and not session.closed:
+            session.interest()
 
     def receive_for_layer(self) -> None:
         """Receive into the evidence, then let the layer say what happens; a passive side is sent
@@ -110,6 +161,8 @@ class Direction:
         data = area[:length]
         if self.side in session.layer.passive:
             self.send(data, position - (-length & 7), position)
+            if session.closed:
+                return
         session.feed(self, data, offset, now)
 
     def receive_unrecorded(self, scratch: memoryview) -> int:
@@ -126,15 +179,19 @@ class Direction:
         """Return bytes that are not in the evidence yet (detection, credentials); empty when there
         is nothing to do.
         """
+        session = self.session
+        if not session.worker.writer.room:
+            session.worker.stall(session)
+            return b""
         try:
             data = self.source.recv(PRIVATE_BYTES)
         except BlockingIOError:
             return b""
         except OSError as wrong:
-            self.session.broken(self, wrong)
+            session.broken(self, wrong.errno or 0)
             return b""
         if not data:
-            self.session.source_ended(self)
+            session.source_ended(self)
         return data
 
     def _receive(self, area: memoryview) -> int:
@@ -143,115 +200,145 @@ class Direction:
         except BlockingIOError:
             return -1
         except OSError as wrong:
-            self.session.broken(self, wrong)
+            self.session.broken(self, wrong.errno or 0)
             return -1
         if not length:
             self.session.source_ended(self)
         return length
 
-    def send(self, data: memoryview | bytes, end: int, position: int) -> None:
+    # -- sending -----------------------------------------------------------------------------------
+
+    def send(self, data: memoryview | bytes, end: int, position: int, *, own: bool = False) -> None:
         """Send to the sink. `end` is where `data` ends in the evidence's stream, 0 when it is not
-        there as such.
+        there as such; then it must stay valid only during the call.
 
         `position` is what must be durable before it may leave, on routes that wait for the disk.
+        `own` bytes are the gate's.
         """
-        if self.session.waits_for_disk:
-            self._keep(data, 0, position)
-            self.session.worker.wait_for_disk(self.session)
+        session = self.session
+        if self.shut:
+            return  # the sink is gone
+        if session.waits_for_disk and position > session.worker.writer.durable:
+            self._keep(data, end, position, own=own)
+            session.worker.wait_for_disk(session)
             return
-        if self.unsent is not None:
-            self._keep(data, end, 0)
-            return
-        try:
-            sent = self.sink.send(data)
-        except BlockingIOError:
-            sent = 0
-        except OSError as wrong:
-            self.session.sink_broken(self, wrong)
-            return
-        if sent < len(data):
-            self._keep(data[sent:], end, 0)
-            self.want_write()
+        if self.unsent is None:
+            try:
+                sent = self.sink.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError as wrong:
+                session.sink_broken(self, wrong.errno or 0)
+                return
+            if sent == len(data):
+                return
+            data = data[sent:]
+            self._want_write()
+        self._keep(data, end, 0, own=own)
 
-    def _keep(self, data: memoryview | bytes, end: int, position: int) -> None:
+    def _keep(self, data: memoryview | bytes, end: int, position: int, *, own: bool) -> None:
         if self.unsent is None:
             self.unsent = deque()
         length = len(data)
         kept: Unsent = self.session.worker.writer.hold(end, length) if end else bytes(data)
         self.unsent.append((kept, position))
         self.unsent_bytes += length
+        self.own_waits = self.own_waits or own
         self.session.interest()
 
-    def want_write(self) -> None:
-        """Be told when the sink can take more."""
+    def _want_write(self) -> None:
         if not self.writing:
             self.writing = True
-            self.session.worker.loop.add_writer(self.sink.fileno(), self.flush)
+            self.back.watch()
 
     def flush(self) -> None:
         """Send what is unsent, as far as the sink takes it and the disk has it."""
+        if self.unsent is None:
+            return
         session = self.session
-        durable = session.worker.writer.durable
+        durable = session.worker.writer.durable if session.waits_for_disk else -1
         while self.unsent:
             kept, position = self.unsent[0]
-            if position > durable:
+            if 0 <= durable < position:
                 break
-            view = kept.view() if isinstance(kept, Held) else kept
             try:
+                view = kept.view() if isinstance(kept, Held) else kept
                 sent = self.sink.send(view)
             except BlockingIOError:
-                self.want_write()
+                self._want_write()
+                return
+            except EvidenceError:
+                log.exception("session %s: what it waits for is gone", session_name(session.number))
+                session.close("evidence", "gate", reset=True)
                 return
             except OSError as wrong:
-                session.sink_broken(self, wrong)
+                session.sink_broken(self, wrong.errno or 0)
                 return
-            self.unsent_bytes -= sent
+            self._sent(kept, position, sent)
             if sent < len(view):
-                if isinstance(kept, Held):
-                    kept.advance(sent)
-                else:
-                    self.unsent[0] = (kept[sent:], position)
-                self.want_write()
+                self._want_write()
                 return
-            if isinstance(kept, Held):
-                kept.release()
-            self.unsent.popleft()
-        self._stop_writing()
-        if not self.unsent:
-            self.unsent = None
-            session.flushed(self)
-
-    def _stop_writing(self) -> None:
         if self.writing:
             self.writing = False
-            self.session.worker.loop.remove_writer(self.sink.fileno())
+            self.back.watch()
+        if not self.unsent:
+            self.unsent = None
+            self.own_waits = False
+            session.flushed(self)
+
+    @property
+    def waits(self) -> bool:
+        """Say whether it waits for the disk, and not for its sink."""
+        unsent = self.unsent
+        return unsent is not None and unsent[0][1] > self.session.worker.writer.durable
+
+    def _sent(self, kept: Unsent, position: int, sent: int) -> None:
+        assert self.unsent is not None
+        self.unsent_bytes -= sent
+        if isinstance(kept, Held):
+            kept.advance(sent)
+            if kept.length:
+                return
+            kept.release()
+        elif sent < len(kept):
+            self.unsent[0] = (kept[sent:], position)
+            return
+        self.unsent.popleft()
+
+    # -- ends --------------------------------------------------------------------------------------
 
     def finish(self) -> None:
         """Tell the sink that no more comes, once everything was sent."""
         if self.unsent is None and not self.shut:
             self.shut = True
+            if self.back.shut:
+                return  # both ways are ended: the session closes now, and that says the same
             try:
                 self.sink.shutdown(socket.SHUT_WR)
             except OSError:
                 pass  # it is gone already; the other direction will notice
 
-    def register(self, wanted: bool) -> None:  # one caller, one meaning
-        """Read from the source, or stop reading."""
-        if wanted == self.registered:
-            return
-        self.registered = wanted
-        loop = self.session.worker.loop
-        if wanted:
-            loop.add_reader(self.source.fileno(), self.session.readable, self)
-        else:
-            loop.remove_reader(self.source.fileno())
-
-    def close(self) -> None:
-        """Forget claims and callbacks; the session closes the sockets."""
-        self.register(wanted=False)
-        self._stop_writing()
-        if self.unsent:
-            for kept, _ in self.unsent:
-                if isinstance(kept, Held):
-                    kept.release()
+    def drop(self) -> None:
+        """Forget what is unsent."""
+        for kept, _ in self.unsent or ():
+            if isinstance(kept, Held):
+                kept.release()
         self.unsent = None
+        self.unsent_bytes = 0
+        self.own_waits = False
+        if self.writing:
+            self.writing = False
+            if not self.session.closed:
+                self.back.watch()
+
+    def close(self, *, reset: bool) -> None:
+        """Forget claims and close the source."""
+        self.reading = False
+        self.drop()
+        if self.watched >= 0:
+            self.session.worker.sockets.drop(self.fd)
+            self.watched = -1
+        if reset:
+            abort(self.source)
+        else:
+            self.source.close()

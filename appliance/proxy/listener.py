@@ -11,21 +11,20 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from appliance.proxy.upstream import IP_TRANSPARENT, IPV6_TRANSPARENT
+from appliance.proxy.upstream import IP_TRANSPARENT, IPV6_TRANSPARENT, prepare
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
     from collections.abc import Callable
-
-    from appliance.proxy.loop import Loop
 
 BACKLOG = 4096
 BATCH = 64
 TCP_SAVE_SYN = 27
 TCP_SAVED_SYN = 28
 RETRY_S = 0.1
-_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 def open_listener(family: socket.AddressFamily, port: int) -> socket.socket:
@@ -40,9 +39,10 @@ def open_listener(family: socket.AddressFamily, port: int) -> socket.socket:
         else:
             sock.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
         sock.setsockopt(socket.IPPROTO_TCP, TCP_SAVE_SYN, 1)
+        prepare(sock)  # inherited by what is accepted
         sock.bind(("", port))
         sock.listen(BACKLOG)
-        sock.setblocking(False)
+        sock.setblocking(False)  # noqa: FBT003 - the method's own way
     except BaseException:
         sock.close()
         raise
@@ -60,60 +60,82 @@ def saved_syn(sock: socket.socket) -> bytes:
 
 
 class Listener:
-    """Accepts on one socket and hands (socket, client, target) over."""
+    """Accepts on one socket and hands (socket, client's address) over.
+
+    It stops for two reasons that do not know of each other: its owner `pause`d it, or descriptors
+    ran out. Connections wait in the kernel's backlog meanwhile.
+    """
 
     def __init__(
-        self, loop: Loop, sock: socket.socket, accepted: Callable[[socket.socket, tuple[str, int]], None],
+        self, loop: AbstractEventLoop, sock: socket.socket,
+        accepted: Callable[[socket.socket, tuple[Any, ...]], None],
         blocked: Callable[[int, int], None],
     ) -> None:  # fmt: skip
-        """`blocked(since_ns, until_ns)` is told when accepting had to stop for want of
-        descriptors.
+        """`blocked(since_ns, until_ns)` is told when accepting had to stop for want of descriptors,
+        with until = 0, and when the backlog was taken again.
         """
         self._loop, self._sock = loop, sock
         self._accepted, self._blocked = accepted, blocked
-        self._since = 0
-        self._paused = False
-        self._closed = False
-        loop.add_reader(sock.fileno(), self._ready)
+        self._since = 0  #: time since when descriptors are short
+        self._paused = self._resting = False
+        self._reading = self._closed = False
+        self._update()
 
     def pause(self) -> None:
         """Leave new connections in the backlog."""
-        if not self._paused and not self._closed:
-            self._paused = True
-            self._loop.remove_reader(self._sock.fileno())
+        self._paused = True
+        self._update()
 
     def resume(self) -> None:
         """Accept again."""
-        if self._paused and not self._closed:
-            self._paused = False
-            self._loop.add_reader(self._sock.fileno(), self._ready)
+        self._paused = False
+        self._update()
 
     def close(self) -> None:
         """Stop for good; what is in the backlog is reset by the kernel."""
         if not self._closed:
-            self.pause()
             self._closed = True
+            self._update()
             self._sock.close()
 
+    def _update(self) -> None:
+        wanted = not (self._paused or self._resting or self._closed)
+        if wanted and not self._reading:
+            self._loop.add_reader(self._sock.fileno(), self._ready)
+        elif self._reading and not wanted:
+            self._loop.remove_reader(self._sock.fileno())
+        self._reading = wanted
+
     def _ready(self) -> None:
+        accept, accepted = self._sock.accept, self._accepted
         for _ in range(BATCH):
-            if self._paused:
-                return
             try:
-                sock, client = self._sock.accept()
+                sock, client = accept()
             except BlockingIOError:
+                self._all_taken()
                 return
             except OSError as wrong:
                 if wrong.errno in _OUT_OF_FILES:
                     self._out_of_files()
                     return
                 continue  # the client gave up between SYN and accept
-            if self._since:
-                self._blocked(self._since, time.time_ns())
-                self._since = 0
-            self._accepted(sock, client)
+            accepted(sock, client)
+            if not self._reading:
+                return
+
+    def _all_taken(self) -> None:
+        if self._since:
+            self._blocked(self._since, time.time_ns())
+            self._since = 0
 
     def _out_of_files(self) -> None:
-        self._since = self._since or time.time_ns()
-        self.pause()
-        self._loop.call_later(RETRY_S, self.resume)
+        if not self._since:
+            self._since = time.time_ns()
+            self._blocked(self._since, 0)
+        self._resting = True
+        self._update()
+        self._loop.call_later(RETRY_S, self._rested)
+
+    def _rested(self) -> None:
+        self._resting = False
+        self._update()

@@ -1,15 +1,33 @@
-"""What the data path asks of an event loop: five calls that uvloop and asyncio both offer.
+"""The gate's event loop: asyncio's own, with the byte path's sockets beside it on one epoll.
 
-Sockets on the byte path are raw and non-blocking; no transports and no streams. Another loop fits
-by offering these.
+A session's sockets are raw and non-blocking; no transports and no streams. Their handlers are
+called straight from `select`, with the event mask and nothing else: what asyncio does per callback
+costs more than a small message does. Everything else (timers, listeners, the control socket, the
+sensor's socket, the writer thread's calls) is plain asyncio on the same loop, in the same thread.
+
+Order within one turn: handlers of session sockets first, then asyncio's callbacks. Handlers must
+not `watch` a descriptor that was opened within the same turn: its number may be that of one that
+was closed within it, and an event of the closed one may still be in hand. Sessions are made by
+asyncio's callbacks only, so that cannot happen.
 """
 
 from __future__ import annotations
 
+import asyncio
+import select
+import selectors
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+#: The socket is dead (reset, timed out), or both of its directions are ended. Always reported.
+DEAD = select.EPOLLERR
+ENDED = select.EPOLLHUP
+
+MOST_EVENTS = 256
 
 
 class Timer(Protocol):
@@ -20,29 +38,77 @@ class Timer(Protocol):
         ...
 
 
-class Loop(Protocol):
-    """An event loop, as far as the data path needs one."""
+class Sockets(selectors.BaseSelector):
+    """Two epolls: asyncio's, and one for handlers that asyncio knows nothing of, which holds the
+    first.
+    """
 
-    def add_reader(self, fd: Any, callback: Callable[..., Any], *args: Any) -> Any:
-        """Call `callback` whenever `fd` is readable."""
-        ...
+    def __init__(self) -> None:
+        self._control = selectors.EpollSelector()
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._epoll.register(self._control.fileno(), READ)
 
-    def remove_reader(self, fd: Any) -> Any:
-        """Stop; harmless when there is no reader."""
-        ...
+    def watch(self, fd: int, handler: Callable[[int], None], mask: int) -> None:
+        """Call `handler(events)` whenever one of `mask`, DEAD or ENDED is so; level-triggered."""
+        self._handlers[fd] = handler
+        self._epoll.register(fd, mask)
 
-    def add_writer(self, fd: Any, callback: Callable[..., Any], *args: Any) -> Any:
-        """Call `callback` whenever `fd` is writable."""
-        ...
+    def change(self, fd: int, mask: int) -> None:
+        """Wait for other events of a watched descriptor."""
+        self._epoll.modify(fd, mask)
 
-    def remove_writer(self, fd: Any) -> Any:
-        """Stop; harmless when there is no writer."""
-        ...
+    def rename(self, fd: int, handler: Callable[[int], None]) -> None:
+        """Give a watched descriptor another handler."""
+        self._handlers[fd] = handler
 
-    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> Timer:
-        """Call once after `delay` seconds."""
-        ...
+    def forget(self, fd: int) -> None:
+        """Watch a descriptor no more; it stays open."""
+        del self._handlers[fd]
+        self._epoll.unregister(fd)
 
-    def call_soon_threadsafe(self, callback: Callable[..., Any], *args: Any) -> Any:
-        """Call soon, from another thread."""
-        ...
+    def drop(self, fd: int) -> None:
+        """Watch a descriptor no more that is closed now: closing takes it out of the epoll."""
+        del self._handlers[fd]
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Call the handlers of what happened; return what asyncio has to do."""
+        wait = -1.0 if timeout is None else max(timeout, 0.0)
+        handlers = self._handlers
+        mine = 0
+        for fd, mask in self._epoll.poll(wait, MOST_EVENTS):
+            handler = handlers.get(fd)
+            if handler is not None:
+                handler(mask)
+            else:
+                mine = 1
+        return self._control.select(0) if mine else []
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        """For asyncio."""
+        return self._control.register(fileobj, events, data)
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        """For asyncio."""
+        return self._control.unregister(fileobj)
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        """For asyncio."""
+        return self._control.modify(fileobj, events, data)
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        """For asyncio."""
+        return self._control.get_map()
+
+    def close(self) -> None:
+        """Close both epolls."""
+        self._epoll.close()
+        self._control.close()
+
+
+class GateLoop(asyncio.SelectorEventLoop):
+    """asyncio's loop on `sockets`."""
+
+    def __init__(self) -> None:
+        self.sockets = Sockets()
+        super().__init__(self.sockets)

@@ -24,8 +24,6 @@ class Outage:
 
     __slots__ = ("_bytes_down", "_bytes_up", "_since")
 
-    scratch = memoryview(bytearray(SCRATCH_BYTES))
-
     def __init__(self, since: int) -> None:
         self._since = since
         self._bytes_up = 0
@@ -33,7 +31,15 @@ class Outage:
 
     def receive(self, direction: Direction) -> None:
         """Pass one piece on."""
-        length = direction.receive_unrecorded(self.scratch)
+        self._count(direction, direction.receive_unrecorded(direction.session.worker.scratch))
+
+    def pass_on(self, direction: Direction, data: bytes) -> None:
+        """Pass on what had been received already."""
+        direction.received += len(data)
+        self._count(direction, len(data))
+        direction.send(data, 0, 0)
+
+    def _count(self, direction: Direction, length: int) -> None:
         if direction.side is CLIENT:
             self._bytes_up += length
         else:
@@ -50,12 +56,20 @@ def begin(session: Session, now: int) -> None:
     """Evidence cannot be written: refuse the session, or let it go on unrecorded."""
     if session.outage is not None or session.closed:
         return
+    waited, session.waits_for_disk = session.waits_for_disk, False
     if session.route.on_evidence_failure == "closed":
+        if waited:  # nothing that waits for the disk may leave any more
+            session.up.drop()
+            session.down.drop()
         session.refuse("evidence cannot be written", "evidence")
         return
-    session.forget_protocol()
-    session.waits_for_disk = False
-    session.outage = Outage(now)
+    outage = session.outage = Outage(now)
+    if session.prefix is not None:
+        held_back = session.choose_nothing("evidence-unavailable")
+        if held_back:
+            outage.pass_on(session.up, held_back)
+    else:
+        session.forget_protocol()
     session.up.flush()
     session.down.flush()
     session.interest()

@@ -31,6 +31,8 @@ class Destinations:
     def _look_up(self, host: str, port: int) -> tuple[Route | None, str]:
         """Return (route, "") or (None, reason); `host` is textual, as accept gives it."""
         address = ipaddress.ip_address(host.partition("%")[0])
+        if address.version == 6 and address.ipv4_mapped is not None:
+            return None, "mapped"  # dialling it would reach an IPv4 address by another name
         if address in self._own:
             return None, "own-address"
         if address.is_loopback or address.is_unspecified:

@@ -3,153 +3,182 @@
 A gate worker makes one per accepted connection. Theory of operation:
 
     waiting     dialling upstream and asking who it is, at once; nothing is read
-    detecting   client bytes are held privately until a protocol claims them; a server that speaks first makes it opaque
+    detecting   client bytes are held privately until a protocol claims them; a server that speaks
+                first makes it opaque
     running     bytes go through the layer, or past it once it asked for Relay
     ending      one side ended or was refused; what is unsent still goes out, then FIN
-    closed      the SessionClose record is the last frame
+    closed      both sockets are closed; SessionClose, the last frame, waits for Attributed
 
-The rules for layers are in `appliance.sansio`; effects run in order, to the end, before the next
-event. Errors of a layer that are not its peer's fault lose meaning, never evidence: the session
-goes on as opaque with a Gap record.
+What the layer decides is carried out in `appliance.proxy.effects`; what happens while evidence
+cannot be written is in `appliance.proxy.outage`.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import socket
 from typing import TYPE_CHECKING, Any
 
 from appliance.protocols import discover
+from appliance.proxy import effects
 from appliance.proxy.detect import detect
 from appliance.proxy.direction import Direction
-from appliance.proxy.upstream import abort
-from appliance.sansio import (
-    CLIENT,
-    FOREVER,
-    UPSTREAM,
-    Audit,
-    Close,
-    Data,
-    Effect,
-    Elapsed,
-    Eof,
-    Facts,
-    Forward,
-    Hide,
-    Layer,
-    Origin,
-    ProtocolError,
-    Relay,
-    SetTimer,
-)
+from appliance.proxy.loop import DEAD, ENDED
+from appliance.proxy.upstream import why
+from appliance.sansio import CLIENT, FOREVER, UPSTREAM, Facts, Layer, Side
+from capture.errors import EvidenceError
 from capture.frames import Kind, session_name
-from capture.records import Detected, Gap, Hidden, Operation, SessionClose
+from capture.records import Detected, SessionClose
 
 if TYPE_CHECKING:
-    import socket
+    from collections.abc import Callable
 
     from appliance.config import Route
     from appliance.proxy.loop import Timer
     from appliance.proxy.outage import Outage
     from appliance.proxy.worker import Worker
-    from capture.records import Record
+    from capture.records import Alarm, Attributed, Record
 
 log = logging.getLogger("narrows.session")
 
 LINGER_S = 10.0
+#: Above this much of the gate's own answers waiting, the side that causes them is not read.
+MOST_OWN_BYTES = 64 * 1024
+_FORGED = frozenset({"forged", "replayed"})
+_DETECT, _LINGER = "gate: detect", "gate: linger"
+_UP, _UP_OWN, _DOWN, _DOWN_OWN = map(int, (Kind.UP, Kind.UP_OWN, Kind.DOWN, Kind.DOWN_OWN))
 
 
 class Session:
     """One connection through the gate."""
 
     __slots__ = (
-        "attributed",
-        "client",
-        "closed",
-        "connected",
-        "down",
-        "ending",
-        "first_end",
-        "layer",
-        "number",
-        "operations",
-        "outage",
-        "prefix",
-        "protocol",
-        "reason",
-        "route",
-        "stalled",
-        "started",
-        "target",
-        "timers",
-        "up",
-        "waits_for_disk",
-        "worker",
+        "account", "attributed", "client", "closed", "connected", "down", "ending", "first_end",
+        "layer", "number", "operations", "outage", "prefix", "protocol", "read_last", "reason",
+        "route", "stalled", "started", "target", "timers", "up", "waits_for_disk", "worker",
     )  # fmt: skip
 
     layer: Layer
 
     def __init__(
-        self, worker: Worker, number: int, route: Route, client: tuple[str, int], target: tuple[str, int],
-        near: socket.socket, far: socket.socket,
+        self, worker: Worker, number: int, route: Route, client: tuple[str, int],
+        target: tuple[str, int], near: socket.socket, far: socket.socket, started: int,
     ) -> None:  # fmt: skip
         self.worker = worker
         self.number = number
         self.route = route
         self.client = client
         self.target = target
-        self.started = worker.now()
+        self.started = started
         self.protocol = ""
         self.operations = 0
-        self.up = Direction(self, CLIENT, near, far, Kind.UP, Kind.UP_OWN)
-        self.down = Direction(self, UPSTREAM, far, near, Kind.DOWN, Kind.DOWN_OWN)
-        self.prefix: bytearray | None = bytearray()
+        self.up = Direction(self, CLIENT, near, far, _UP, _UP_OWN)
+        self.down = Direction(self, UPSTREAM, far, near, _DOWN, _DOWN_OWN)
+        self.up.back, self.down.back = self.down, self.up
+        self.prefix: bytes | None = b""  #: what the client said, until a protocol claims it
+        self.account: str | None = None
         self.attributed = self.connected = self.closed = self.stalled = False
         self.waits_for_disk = route.durability == "fsync"
         self.ending: tuple[str, str] | None = None  #: (reason, by) once decided
         self.first_end = "client"  #: side that sent the first FIN
         self.reason = ""
+        self.read_last: object = None  #: what the layer wanted to read when that was last looked at
         self.timers: dict[str, Timer] | None = None
-        self.outage: Outage | None = (
-            None  #: while evidence cannot be written and the route says to go on
-        )
+        #: while evidence cannot be written and the route says to go on
+        self.outage: Outage | None = None
 
-    # -- life
-    # ---------------------------------------------------------------------------------------------------------
+    # -- life --------------------------------------------------------------------------------------
 
-    def ready(self) -> None:
-        """Attribution or the upstream connection came; start when both are there."""
-        if self.attributed and self.connected and not self.closed:
+    def attribute(self, found: Attributed, alarms: list[Alarm]) -> None:
+        """Who it is became known: record it, and start, or end what is closed already."""
+        worker = self.worker
+        now = worker.now()
+        worker.attributed(self, found, now)
+        for alarm in alarms:
+            worker.record(self.number, alarm, now)
+        self.account = found.account
+        self.attributed = True
+        if self.closed:
+            self._end()
+        elif found.reason in _FORGED and worker.config.attribution.on_forged == "refuse":
+            self.close("forged", "gate", reset=True)
+        else:
             self.interest()
+
+    def dialled(self, mask: int) -> None:
+        """The upstream connection was made, or failed."""
+        down = self.down
+        if mask & (DEAD | ENDED):
+            failed = down.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            self.close(why(failed), "upstream", reset=True)
+            return
+        self.worker.dialling.remove(self)
+        self.worker.sockets.rename(down.fd, down.event)
+        self.connected = True
+        self.interest()
+        down.watch()
 
     def interest(self) -> None:
         """Read exactly those sides that may be read now."""
         if self.closed:
             return
         running = self.attributed and self.connected and not self.stalled
-        reading = None if self.prefix is not None else self.layer.reading
+        if self.prefix is None:
+            reading = self.read_last = self.layer.reading
+        else:
+            reading = None
         for direction in (self.up, self.down):
+            back = direction.back
             wanted = (
                 running
-                and not direction.ended
                 and direction.unsent is None
+                and not direction.ended
                 and (reading is None or direction.relay != 0 or direction.side in reading)
+                and not (back.own_waits and back.unsent_bytes > MOST_OWN_BYTES)
             )
-            direction.register(wanted)
+            if wanted is not direction.reading:
+                direction.reading = wanted
+                direction.watch()
 
     def readable(self, direction: Direction) -> None:
         """The loop says that `direction` has bytes."""
-        if self.outage is not None:
-            self.outage.receive(direction)
-        elif direction.relay:
-            direction.receive_relayed()
-        elif self.prefix is not None:
-            self._detecting(direction)
-        elif direction.side in self.layer.sensitive:
-            data = direction.receive_private()
-            if data:
-                self.feed_private(direction, data)
-        else:
-            direction.receive_for_layer()
+        try:
+            if self.outage is not None:
+                self.outage.receive(direction)
+            elif direction.relay:
+                direction.receive_relayed()
+            elif self.prefix is not None:
+                self._detecting(direction)
+            elif direction.side in self.layer.sensitive:
+                data = direction.receive_private()
+                if data:
+                    effects.feed_private(self, direction, data)
+            else:
+                direction.receive_for_layer()
+        except EvidenceError:
+            self.unrecordable()
+
+    def feed(self, direction: Direction, data: memoryview | bytes, offset: int, now: int) -> None:
+        """Give bytes that are in the evidence to the layer."""
+        effects.feed(self, direction, data, offset, now)
+
+    def unrecordable(self) -> None:
+        """Bytes were received and there is no memory to record them: they go nowhere."""
+        if not self.closed:
+            self.close("evidence", "gate", reset=True)
+
+    def set_timer(
+        self, name: str, delay_s: float, callback: Callable[..., None], *arguments: Any
+    ) -> None:
+        """Call once, unless the session closes first; setting a name again replaces it."""
+        if self.timers is None:
+            self.timers = {}
+        elif name in self.timers:
+            self.timers[name].cancel()
+        self.timers[name] = self.worker.loop.call_later(delay_s, callback, *arguments)
+
+    # -- detection ---------------------------------------------------------------------------------
 
     def _detecting(self, direction: Direction) -> None:
         if direction.side is UPSTREAM:
@@ -159,164 +188,85 @@ class Session:
         if not data:
             return
         assert self.prefix is not None
-        self.prefix += data
-        protocol, reason = detect(bytes(self.prefix), self.target[1])
+        self.prefix = self.prefix + data if self.prefix else data
+        protocol, reason = detect(self.prefix, self.target[1])
         if protocol is not None:
             self._choose(protocol.name, reason)
-        elif not self.timers:
-            delay = self.worker.config.gate.detect_ms / 1000
-            self.timers = {"detect": self.worker.loop.call_later(delay, self._undecided)}
+        elif self.timers is None or _DETECT not in self.timers:
+            self.set_timer(_DETECT, self.worker.config.gate.detect_ms / 1000, self._undecided)
 
     def _undecided(self) -> None:
         if self.prefix is not None and not self.closed:
-            self._choose("opaque", "undecided")
+            try:
+                self._choose("opaque", "undecided")
+            except EvidenceError:
+                self.unrecordable()
 
     def _choose(self, name: str, reason: str) -> None:
+        """Make a layer, and give it what was held back. Raises EvidenceError."""
         prefix, self.prefix = self.prefix, None
-        if self.timers is not None and "detect" in self.timers:
-            self.timers.pop("detect").cancel()
+        if self.timers is not None and _DETECT in self.timers:
+            self.timers.pop(_DETECT).cancel()
         self.protocol = name
-        facts = Facts(
-            self.number,
-            self.client,
-            self.target,
-            self.worker.keys.digest,
-            self.worker.config.http,
-        )
-        self.layer = discover()[name].layer(facts)
         self.record(Detected(name, reason))
         if name == "opaque":
+            self.layer = self.worker.opaque
             self.up.relay = self.down.relay = FOREVER
-        if prefix:
-            self.feed_private(self.up, bytes(prefix))
-        if not self.closed:
-            self.interest()
-
-    # -- bytes
-    # --------------------------------------------------------------------------------------------------------
-
-    def feed(self, direction: Direction, data: memoryview | bytes, offset: int, now: int) -> None:
-        """Give bytes that are in the evidence to the layer."""
-        try:
-            effects = self.layer.handle(Data(direction.side, data, offset, now))
-        except ProtocolError as wrong:
-            self._protocol_error(wrong)
-            return
-        except Exception:
-            log.exception(
-                "session %s: the %s layer failed", session_name(self.number), self.protocol
-            )
-            self._layer_failed(direction, data)
-            return
-        if effects:
-            self.run(effects, now)
-
-    def feed_private(self, direction: Direction, data: bytes) -> None:
-        """Record bytes that may hold credentials, blanked where the layer says, then do what it
-        says.
-        """
-        now = self.worker.now()
-        offset = direction.received
-        failed: ProtocolError | None = None
-        effects: list[Effect] = []
-        try:
-            if not direction.relay:
-                effects = self.layer.handle(Data(direction.side, data, offset, now))
-        except ProtocolError as wrong:
-            failed = wrong
-        except Exception:
-            log.exception(
-                "session %s: the %s layer failed", session_name(self.number), self.protocol
-            )
-            self.record(
-                Gap("session", "parser", count=1, detail="while credentials were exchanged")
-            )
-            failed = ProtocolError(direction.side, "this session cannot be decoded")
-        hides = [effect for effect in effects if type(effect) is Hide]
-        blanked = data
-        if hides or failed is not None:
-            clear = bytearray(data)
-            if failed is not None:  # what the layer could not read may be a secret
-                hides = [Hide(direction.side, offset, len(data), "unparsed")]
-            for hide in hides:
-                start = hide.offset - offset
-                clear[start : start + hide.length] = bytes(hide.length)
-            blanked = bytes(clear)
-        position = self.worker.append(direction.kind, self.number, blanked, now, offset)
-        direction.received += len(data)
-        for hide in hides:
-            start = hide.offset - offset
-            digest = self.worker.keys.digest(data[start : start + hide.length])
-            self.record(Hidden(direction.side.value, hide.offset, hide.length, hide.kind, digest))
-        if failed is not None:
-            self._protocol_error(failed)
-        elif direction.relay:
-            direction.send(data, 0, position)
         else:
-            self.run(effects, now)
-
-    def run(self, effects: list[Effect], now: int) -> None:
-        """Execute effects in order."""
-        worker = self.worker
-        for effect in effects:
-            kind = type(effect)
-            if kind is Audit:
-                record = effect.record  # type: ignore[union-attr]
-                if type(record) is Operation:
-                    self.operations += 1
-                worker.record(self.number, record, now)
-            elif kind is Forward:
-                self._forward(effect, now)  # type: ignore[arg-type]
-            elif kind is Relay:
-                (self.up if effect.from_side is CLIENT else self.down).relay = effect.length  # type: ignore[union-attr]
-            elif kind is Close:
-                self._end(effect)  # type: ignore[arg-type]
-            elif kind is SetTimer:
-                self._set_timer(effect)  # type: ignore[arg-type]
-            if self.closed:
-                return
+            worker = self.worker
+            facts = Facts(
+                self.number, self.client, self.target, worker.keys.digest, worker.config.http
+            )
+            self.layer = discover()[name].layer(facts)
+        if prefix:
+            if self.up.relay:
+                self._pass_on(prefix)
+            else:
+                effects.feed_private(self, self.up, prefix)
         self.interest()
 
-    def _forward(self, effect: Forward, now: int) -> None:
-        direction = self.up if effect.to is UPSTREAM else self.down
+    def _pass_on(self, data: bytes) -> None:
+        """Record bytes from the client that were held back, and send them on."""
+        up, worker = self.up, self.worker
+        position = worker.writer.append(up.kind, self.number, data, worker.now(), up.received)
+        up.received += len(data)
+        up.send(data, 0, position)
+
+    def choose_nothing(self, reason: str) -> bytes:
+        """Make a session that is being detected opaque; return what was held back, which is neither
+        recorded nor sent.
+        """
+        prefix, self.prefix = self.prefix, b""
+        self._choose("opaque", reason)
+        return prefix or b""
+
+    def forget_protocol(self) -> None:
+        """Relay both sides from here on: what the layer holds now, then everything. What it would
+        have decoded is recorded as bytes only.
+        """
+        layer, self.layer = self.layer, self.worker.opaque
         position = self.worker.writer.position
-        if effect.origin is not Origin.RELAYED:
-            position = self.worker.append(
-                direction.own_kind, self.number, effect.data, now, direction.own_sent
-            )
-            direction.own_sent += len(effect.data)
-        direction.send(effect.data, 0, position)
+        for direction in (self.up, self.down):
+            direction.relay = FOREVER
+            held = layer.held(direction.side)
+            if held and not self.closed:
+                direction.send(held, 0, position)
+        self.interest()
 
-    def _set_timer(self, effect: SetTimer) -> None:
-        if self.timers is None:
-            self.timers = {}
-        elif effect.timer in self.timers:
-            self.timers[effect.timer].cancel()
-        self.timers[effect.timer] = self.worker.loop.call_later(
-            effect.seconds, self._elapsed, effect.timer
-        )
-
-    def _elapsed(self, timer: str) -> None:
-        if not self.closed:
-            self.run(self.layer.handle(Elapsed(timer)), self.worker.now())
-
-    # -- ends
-    # ---------------------------------------------------------------------------------------------------------
+    # -- ends --------------------------------------------------------------------------------------
 
     def source_ended(self, direction: Direction) -> None:
         """The source sent FIN: pass it on after what is unsent, and close when both have."""
         direction.ended = True
-        direction.register(wanted=False)
-        if self.ending is None and not (self.up.ended and self.down.ended):
+        if self.ending is None and not direction.back.ended:
             self.first_end = direction.side.value
         if self.prefix is not None:
-            if direction.side is CLIENT and self.prefix:
-                self._choose("opaque", "undecided")
-            elif not self.protocol:
-                self._choose("opaque", "silent")
-        self._tell_layer(Eof(direction.side, reset=False, offset=direction.received))
+            undecided = direction.side is CLIENT and self.prefix
+            self._choose("opaque", "undecided" if undecided else "silent")
+        effects.tell_end(self, direction, reset=False)
         if self.closed:
             return
+        self.interest()
         direction.finish()
         self._close_if_done()
 
@@ -330,130 +280,92 @@ class Session:
     def _close_if_done(self) -> None:
         if self.up.shut and self.down.shut:
             reason, by = self.ending or ("fin", self.first_end)
-            self.close(reason, by)
+            self.close(reason, by, reset=reason == "reset")
 
-    def _end(self, effect: Close) -> None:
-        """The layer ends the direction towards `effect.side`."""
-        direction = self.down if effect.side is CLIENT else self.up
+    def end_side(self, side: Side, reason: str) -> None:
+        """The layer ends the direction towards `side`: what is unsent goes out, then FIN."""
+        direction = self.down if side is CLIENT else self.up
         if self.ending is None:
             self.ending = ("protocol", "gate")
-            self.reason = effect.reason
-            self.worker.loop.call_later(LINGER_S, self._linger_over)
+            self.reason = reason
+        self.set_timer(_LINGER, LINGER_S, self._linger_over)
         direction.ended = True
-        direction.register(wanted=False)
+        self.interest()
         direction.finish()
         self._close_if_done()
 
     def _linger_over(self) -> None:
-        if not self.closed:
-            reason, by = self.ending or ("timeout", "gate")
-            self.close(reason, by, reset=True)
+        reason, by = self.ending or ("timeout", "gate")
+        self.close(reason, by, reset=True)
 
-    def broken(self, direction: Direction, wrong: OSError) -> None:
-        """The source was reset: reset the other side too."""
-        del wrong
-        self._tell_layer(Eof(direction.side, reset=True, offset=direction.received))
-        self.close("reset", direction.side.value, reset=True)
+    def broken(self, direction: Direction, failed: int) -> None:
+        """The source was reset, or gave up with errno `failed`: reset the other side too."""
+        try:
+            effects.tell_end(self, direction, reset=True)
+        except EvidenceError:
+            self.unrecordable()
+        reason, by = self.ending or ("reset", direction.side.value)
+        self.close("timeout" if failed == errno.ETIMEDOUT else reason, by, reset=True)
 
-    def sink_broken(self, direction: Direction, wrong: OSError) -> None:
-        """The sink takes no more: that side is gone."""
-        del wrong
-        gone = UPSTREAM if direction.side is CLIENT else CLIENT
-        received = (self.up if gone is CLIENT else self.down).received
-        self._tell_layer(Eof(gone, reset=True, offset=received))
-        self.close("reset", gone.value, reset=True)
-
-    def _tell_layer(self, event: Eof) -> None:
-        if self.prefix is None and not self.closed:
-            try:
-                self.run(self.layer.handle(event), self.worker.now())
-            except ProtocolError:
-                pass  # the peer is gone; there is nobody to tell
-            except Exception:
-                log.exception(
-                    "session %s: the %s layer failed at the end",
-                    session_name(self.number),
-                    self.protocol,
-                )
-
-    def _protocol_error(self, wrong: ProtocolError) -> None:
-        self.run(wrong.done, self.worker.now())
-        if self.closed:
-            return
-        self.record(
-            Gap("session", "protocol-error", count=1, detail=f"{wrong.side.value}: {wrong}")
-        )
-        self.refuse(str(wrong), "protocol")
-
-    def forget_protocol(self) -> None:
-        """Relay both sides from here on; what the layer would have decoded is recorded as bytes
-        only.
-        """
-        if self.prefix is not None:
-            self._choose("opaque", "evidence-unavailable")
-        facts = Facts(
-            self.number,
-            self.client,
-            self.target,
-            self.worker.keys.digest,
-            self.worker.config.http,
-        )
-        self.layer = discover()["opaque"].layer(facts)
-        self.up.relay = self.down.relay = FOREVER
-
-    def _layer_failed(self, direction: Direction, data: memoryview | bytes) -> None:
-        """A bug of ours: go on as opaque. What an active side had not forwarded goes on now."""
-        self.record(Gap("session", "parser", count=1, detail=f"the {self.protocol} layer failed"))
-        passive = direction.side in self.layer.passive
-        self.forget_protocol()
-        if not passive:
-            direction.send(bytes(data), 0, self.worker.writer.position)
-        self.interest()
+    def sink_broken(self, direction: Direction, failed: int) -> None:
+        """The sink takes no more: that side is gone. What it had said before still passes."""
+        direction.shut = direction.ended = True
+        direction.drop()
+        back = direction.back
+        self.ending = self.ending or ("reset", back.side.value)
+        if back.ended:
+            self.broken(back, failed)
+        else:
+            self.interest()
 
     def refuse(self, message: str, reason: str) -> None:
         """End the session from the gate's side, with the protocol's own error where there is
         one.
         """
-        if self.closed:
+        if self.closed or (self.ending is not None and self.ending[0] == reason):
             return
         self.ending = (reason, "gate")
         self.reason = message
-        reference = session_name(self.number)
-        if self.prefix is not None:
+        if self.prefix is not None or not self.connected:
             self.close(reason, "gate", reset=True)
             return
-        self.worker.loop.call_later(LINGER_S, self._linger_over)
+        self.set_timer(_LINGER, LINGER_S, self._linger_over)
         self.up.relay = self.down.relay = 0
-        self.run(self.layer.refuse(f"{message} (reference {reference})"), self.worker.now())
+        said = f"{message} (reference {session_name(self.number)})"
+        try:
+            effects.run(self, self.layer.refuse(said), self.worker.now())
+        except Exception:
+            log.exception("session %s cannot be refused in its own words", self.number)
+            self.close(reason, "gate", reset=True)
 
     def close(self, reason: str, by: str, *, reset: bool = False) -> None:
-        """Close both sockets and write the last record."""
+        """Close both sockets; the last record follows once it is known who it was."""
         if self.closed:
             return
         self.closed = True
+        self.ending = (reason, by)
         for timer in (self.timers or {}).values():
             timer.cancel()
+        self.timers = None
+        self.up.close(reset=reset)
+        self.down.close(reset=reset)
         if not self.connected:
-            self.worker.loop.remove_writer(self.down.source.fileno())
-        self.up.close()
-        self.down.close()
-        for sock in (self.up.source, self.down.source):
-            if reset:
-                abort(sock)
-            else:
-                sock.close()
+            self.worker.dialling.remove(self)
+        if self.attributed:
+            self._end()
+
+    def _end(self) -> None:
+        """Write the last record of a closed session."""
+        assert self.ending is not None
+        reason, by = self.ending
+        reference = session_name(self.number) if by == "gate" else ""
         self.record(
             SessionClose(
-                reason,
-                by,
-                self.up.received,
-                self.down.received,
-                self.operations,
-                self.started,
-                session_name(self.number) if by == "gate" else "",
-            )  # fmt: skip
-        )
-        self.worker.closed(self)
+                reason, by, self.up.received, self.down.received, self.operations, self.started,
+                reference,
+            )
+        )  # fmt: skip
+        self.worker.forget(self)
 
     def record(self, record: Record) -> None:
         """Write a record of this session."""
@@ -464,6 +376,8 @@ class Session:
         return {
             "id": session_name(self.number), "client": self.client, "target": self.target,
             "protocol": self.protocol, "route": self.route.name, "started": self.started,
-            "bytes_up": self.up.received, "bytes_down": self.down.received, "operations": self.operations,
+            "service_account": self.account,
+            "bytes_up": self.up.received, "bytes_down": self.down.received,
+            "operations": self.operations,
             "unsent": self.up.unsent_bytes + self.down.unsent_bytes,
         }  # fmt: skip

@@ -5,8 +5,7 @@ and for bytes that are no head at all. A span is (start, end, kind) and counts f
 the bytes that were given; spans do not overlap and stand in order.
 
 Always secret: the headers and parameters named below. The configuration adds to both ([http]). A
-header's value is secret from its first byte to its last, except a leading word that only says which
-kind of credential follows ("Bearer"). A parameter is one in a URL, wherever in the head a URL
+header's value is secret from its first byte to its last. A parameter is one in a URL, wherever in the head a URL
 stands (Referer, Location, X-Original-URL) and however often it is percent-encoded; so is what
 stands before the @ of an authority. Bodies are not looked at.
 """
@@ -41,7 +40,7 @@ PARAMETERS = frozenset({
 _MOST_KNOWN = 1_024
 HIDDEN = b"[hidden]"  #: what a text shows in a secret's place
 
-#: First words of a credential that are no secret. Any other first word is hidden with the rest.
+#: First words of a credential that a record may show: any other may be a secret itself.
 _SCHEME = re.compile(
     rb"(?:AWS4-HMAC-SHA256|AWS4-ECDSA-P256-SHA256|ApiKey|Basic|Bearer|DPoP|Digest|GoogleLogin|Hawk"
     rb"|Key|MAC|NTLM|Negotiate|OAuth|SCRAM-SHA-1|SCRAM-SHA-256|SharedKey|SharedKeyLite|Splunk"
@@ -65,7 +64,7 @@ Span = tuple[int, int, str]
 
 
 def scheme(value: bytes) -> bytes:
-    """Return the part of a secret header's value that may be shown: "Bearer ", or nothing."""
+    """Return the part of a secret header's value that a record may show: "Bearer ", or nothing."""
     found = _SCHEME.match(value)
     return b"" if found is None else found[0]
 
@@ -104,9 +103,9 @@ class Secrets:
         names = b"|".join(
             re.escape(name.encode()).replace(rb"\-", b"[-_]") for name in sorted(self.headers)
         )
-        value = rb"[^\r\n]*(?:[\r\n]+[ \t][^\r\n]*)*"  # obs-fold goes on with the value
+        value = rb"[^\r\n]+(?:[\r\n]+[ \t][^\r\n]*)*"  # obs-fold goes on with the value
         self._junk = re.compile(
-            rb"(?:" + names + rb")[^:\r\n]{0,16}:(" + value + rb")", re.IGNORECASE
+            rb"(" + names + rb")[^:\r\n]{0,16}:[ \t]*(" + value + rb")", re.IGNORECASE
         )
 
     def in_text(self, text: bytes) -> list[Span]:
@@ -132,16 +131,17 @@ class Secrets:
         return found
 
     def in_line(self, line: bytes) -> list[Span]:
-        """Return the spans of a field line. One that is not whole is secret as far as it goes."""
+        """Return the spans of a field line. One that is not whole is secret as far as it goes.
+
+        What is hidden of a byte depends on those before it only, never on how a line was cut: so a
+        scheme is hidden with its credential, and trailing blanks with theirs.
+        """
         name, colon, value = line.partition(b":")
         key = name.decode("latin-1").lower()
         if not colon or key not in self.headers:
             return self.in_text(line)
-        stripped = value.lstrip(b" \t")
-        start = len(line) - len(stripped)
-        end = start + len(stripped.rstrip(b" \t"))
-        start += len(scheme(stripped))
-        return [(start, end, key)] if end > start else []
+        start = len(line) - len(value.lstrip(b" \t"))
+        return [(start, len(line), key)] if start < len(line) else []
 
     def in_lines(self, lines: bytes) -> list[Span]:
         """Return the spans of lines, the last of which may not be whole."""
@@ -154,7 +154,10 @@ class Secrets:
 
     def in_junk(self, text: bytes) -> list[Span]:
         """Return the spans of whatever looks like a secret in bytes that follow no grammar."""
-        found = [(m.start(1), m.end(1), "unparsed") for m in self._junk.finditer(text)]
+        found = [
+            (match.start(2), match.end(2), match[1].decode().lower().replace("_", "-"))
+            for match in self._junk.finditer(text)
+        ]
         return _merged(found + self.in_text(text))
 
 

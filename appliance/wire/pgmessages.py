@@ -7,6 +7,7 @@ says (PostgreSQL documentation, "Message Formats"); none keeps a reference to th
 
 from __future__ import annotations
 
+from functools import lru_cache
 from struct import Struct
 from struct import error as struct_error
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ MOST_CANCEL_BYTES = 12 + 256  #: 3.2: the key has up to 256 bytes
 
 _MOST_MESSAGE_CHARS = 4 * 1024
 _MOST_BINDS_BYTES = 64 * 1024
+_SHORT_BYTES = 1024
 _MOST_COLUMNS = 1_664  #: the server's MaxTupleAttributeNumber
 
 _INT2 = Struct("!h").unpack_from
@@ -29,6 +31,9 @@ _INT4 = Struct("!i").unpack_from
 _UINT4 = Struct("!I").unpack_from
 _COLUMN = Struct("!IhIhih").unpack_from
 _FIXED_COLUMN_BYTES = 18
+
+
+Columns = tuple[tuple[str, int], ...]  #: (name, type oid)
 
 
 class Malformed(Exception):
@@ -77,35 +82,37 @@ def parse(body: bytes, *, cut: bool) -> Parse:
     """Return a Parse message; of a cut one the text goes as far as the body and the types are not
     known.
     """
-    name, position = cstring(body, 0)
-    if cut and body.find(b"\0", position) < 0:
-        return Parse(name, body[position:], ())
-    text, position = cstring(body, position)
+    end = body.find(0)
+    stop = body.find(0, end + 1)
+    if end < 0 or (stop < 0 and not cut):
+        raise Malformed("a string in Parse has no end")
+    name = body[:end]
     if cut:
+        return Parse(name, body[end + 1 : stop] if stop >= 0 else body[end + 1 :], ())
+    text = body[end + 1 : stop]
+    size = len(body) - stop - 3
+    count = int.from_bytes(body[stop + 1 : stop + 3], "big")
+    if size != 4 * count:
+        raise Malformed("Parse has other types than it says")
+    if not count:
         return Parse(name, text, ())
-    try:
-        (count,) = _COUNT(body, position)
-        if len(body) != position + 2 + 4 * count:
-            raise Malformed("Parse has other types than it says")
-        return Parse(
-            name, text, tuple(_UINT4(body, position + 2 + 4 * number)[0] for number in range(count))
-        )
-    except struct_error as wrong:
-        raise Malformed("Parse is cut") from wrong
+    return Parse(
+        name, text, tuple(_UINT4(body, stop + 3 + 4 * number)[0] for number in range(count))
+    )
 
 
 def bind(body: bytes) -> Bind:
     """Return the head of a Bind message."""
-    end = body.find(b"\0")
-    stop = body.find(b"\0", end + 1)
+    end = body.find(0)
+    stop = body.find(0, end + 1)
     if end < 0 or stop < 0:
         raise Malformed("a name in Bind has no end")
+    formats: tuple[int, ...] = ()
     try:
         (count,) = _COUNT(body, stop + 1)
         position = stop + 3 + 2 * count
-        formats = (
-            tuple(_INT2(body, stop + 3 + 2 * number)[0] for number in range(count)) if count else ()
-        )
+        if count:
+            formats = tuple(_INT2(body, stop + 3 + 2 * number)[0] for number in range(count))
     except struct_error as wrong:
         raise Malformed("Bind is cut") from wrong
     return Bind(body[:end], body[end + 1 : stop], formats, position)
@@ -124,6 +131,7 @@ def values(
             return ()
         if len(formats) > 1 and len(formats) != count:
             raise Malformed("there are other formats than values")
+        form = formats[0] if formats else 0
         position += 2
         limit = min(len(body), position + _MOST_BINDS_BYTES)
         found: list[Any] = []
@@ -135,12 +143,14 @@ def values(
             if length < 0:
                 found.append(None)
                 continue
-            if position + length > limit:
-                return _omitted(found, count, cut=cut or position + length <= len(body))
+            end = position + length
+            if end > limit:
+                return _omitted(found, count, cut=cut or end <= len(body))
             oid = oids[number] if number < len(oids) else 0
-            binary = bool(formats) and (formats[number] if len(formats) > 1 else formats[0]) == 1
-            found.append(decode(body[position : position + length], oid, binary=binary))
-            position += length
+            if len(formats) > 1:
+                form = formats[number]
+            found.append(decode(body[position:end], oid, binary=form == 1))
+            position = end
     except struct_error as wrong:
         raise Malformed("values are cut") from wrong
     return tuple(found)
@@ -150,6 +160,17 @@ def _omitted(found: list[Any], count: int, *, cut: bool) -> tuple[Any, ...]:
     if not cut:
         raise Malformed("a value is longer than its message")
     return (*found, {"omitted": count - len(found)})
+
+
+def function_call(body: bytes) -> tuple[int, tuple[int, ...], int]:
+    """Return (function's oid, formats of its arguments, where the argument count stands)."""
+    try:
+        (oid,) = _UINT4(body, 0)
+        (count,) = _COUNT(body, 4)
+        formats = tuple(_INT2(body, 6 + 2 * number)[0] for number in range(count))
+    except struct_error as wrong:
+        raise Malformed("FunctionCall is cut") from wrong
+    return oid, formats, 6 + 2 * count
 
 
 def error_fields(body: bytes) -> dict[str, str]:
@@ -166,28 +187,44 @@ def error_fields(body: bytes) -> dict[str, str]:
     return fields
 
 
-def columns(body: bytes) -> tuple[tuple[str, int], ...]:
-    """Return (name, type oid) of each column of a RowDescription."""
+def columns(body: bytes) -> Columns:
+    """Return (name, type oid) of each column of a RowDescription; of a cut one those that are
+    there.
+    """
+    return _short_columns(body) if len(body) <= _SHORT_BYTES else _columns(body)
+
+
+def _columns(body: bytes) -> Columns:
+    found: list[tuple[str, int]] = []
     try:
         (count,) = _COUNT(body, 0)
         position = 2
-        found: list[tuple[str, int]] = []
         for _ in range(min(count, _MOST_COLUMNS)):
             end = body.index(b"\0", position)
             found.append((text_of(body[position:end]), _COLUMN(body, end + 1)[2]))
             position = end + 1 + _FIXED_COLUMN_BYTES
-    except (struct_error, ValueError) as wrong:
-        raise Malformed("RowDescription is cut") from wrong
+    except (struct_error, ValueError):
+        pass  # cut at the limit, or by a server that is none: what is there is told
     return tuple(found)
 
 
+#: The same few statements give the same few descriptions.
+_short_columns = lru_cache(1024)(_columns)
+
+
 def parameter_types(body: bytes) -> tuple[int, ...]:
-    """Return the type oids of a ParameterDescription."""
-    try:
-        (count,) = _COUNT(body, 0)
-        return tuple(_UINT4(body, 2 + 4 * number)[0] for number in range(count))
-    except struct_error as wrong:
-        raise Malformed("ParameterDescription is cut") from wrong
+    """Return the type oids of a ParameterDescription; of a cut one those that are there."""
+    count = min(int.from_bytes(body[:2], "big"), (len(body) - 2) // 4)
+    return tuple(_UINT4(body, 2 + 4 * number)[0] for number in range(count))
+
+
+def strings(body: bytes, position: int, count: int) -> list[str]:
+    """Return `count` strings that stand one after another from `position`."""
+    found: list[str] = []
+    for _ in range(count):
+        text, position = cstring(body, position)
+        found.append(text_of(text))
+    return found
 
 
 def error_response(sqlstate: str, message: str) -> bytes:

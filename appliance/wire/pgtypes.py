@@ -8,6 +8,7 @@ NaN, infinity) are strings; dates and times are ISO 8601, timestamps with time z
 
 from __future__ import annotations
 
+import math
 from datetime import date, datetime, timedelta
 from struct import Struct
 from struct import error as struct_error
@@ -30,7 +31,11 @@ _TIMETZ = Struct("!qi")
 _INTERVAL = Struct("!qii")
 
 _EPOCH_DATE = date(2000, 1, 1)
-_EPOCH = datetime(2000, 1, 1)  # the type says whether it is in UTC
+_EPOCH = datetime(2000, 1, 1)  # noqa: DTZ001 - the value's type says whether it is in UTC
+_INFINITE_INTERVALS = {
+    (2**63 - 1, 2**31 - 1, 2**31 - 1): "infinity",
+    (-(2**63), -(2**31), -(2**31)): "-infinity",
+}
 _NUMERIC_SIGNS = {0x0000: "", 0x4000: "-"}
 _NUMERIC_SPECIAL = {0xC000: "NaN", 0xD000: "Infinity", 0xF000: "-Infinity"}
 _MOST_NUMERIC_DIGITS = 2_000
@@ -47,7 +52,7 @@ def decode(raw: bytes, oid: int, *, binary: bool) -> Any:
     if len(raw) > MOST_VALUE_BYTES:
         return _shortened(raw, oid, binary=binary)
     if not binary:
-        return _from_text(raw, oid)
+        return _from_text(raw, oid) if oid else str(raw, "utf-8", "backslashreplace")
     decoder = _BINARY.get(oid)
     if decoder is None:
         return {"hex": raw.hex()}
@@ -84,9 +89,9 @@ def _bounded(number: int) -> int | str:
 
 
 def _finite(number: float) -> float | str:
-    if number != number:  # NaN alone differs from itself
+    if math.isnan(number):
         return "NaN"
-    if number in (float("inf"), float("-inf")):
+    if math.isinf(number):
         return "Infinity" if number > 0 else "-Infinity"
     return number
 
@@ -98,12 +103,20 @@ def _whole(layout: Struct) -> Callable[[bytes], Any]:
     return decoder
 
 
-def _real(layout: Struct) -> Callable[[bytes], float | str]:
-    def decoder(raw: bytes) -> float | str:
-        number: float = layout.unpack(raw)[0]
-        return _finite(number)
+def _float8(raw: bytes) -> float | str:
+    number: float = _FLOAT8.unpack(raw)[0]
+    return _finite(number)
 
-    return decoder
+
+def _float4(raw: bytes) -> float | str:
+    """Return the shortest decimal number that is this float4, as the server prints it."""
+    number: float = _FLOAT4.unpack(raw)[0]
+    if math.isfinite(number):
+        for digits in range(6, 10):
+            shorter = float(f"{number:.{digits}g}")
+            if _FLOAT4.pack(shorter) == raw:
+                return shorter
+    return _finite(number)
 
 
 def _bool(raw: bytes) -> bool:
@@ -192,9 +205,14 @@ def _timestamptz(raw: bytes) -> str:
 
 
 def _interval(raw: bytes) -> str:
-    """Return months, days and microseconds in ISO 8601 form."""
-    microseconds, days, months = _INTERVAL.unpack(raw)
-    return f"P{months}M{days}DT{microseconds / 1_000_000:.6f}S"
+    """Return months, days and microseconds in ISO 8601 form; each has a sign of its own."""
+    fields = _INTERVAL.unpack(raw)
+    if fields in _INFINITE_INTERVALS:
+        return _INFINITE_INTERVALS[fields]
+    microseconds, days, months = fields
+    sign = "-" if microseconds < 0 else ""
+    seconds, rest = divmod(abs(microseconds), 1_000_000)
+    return f"P{months}M{days}DT{sign}{seconds}.{rest:06d}S"
 
 
 def _array(raw: bytes) -> Any:
@@ -204,8 +222,8 @@ def _array(raw: bytes) -> Any:
     dimensions, _, element = _ARRAY.unpack_from(raw)
     if dimensions == 0:
         return []
-    if not 0 < dimensions <= 6:
-        raise ValueError("an array has at most 6 dimensions")
+    if not 0 < dimensions <= 6 or element in _ARRAYS:
+        raise ValueError("an array has at most 6 dimensions, and no arrays as items")
     sizes = [_DIMENSION.unpack_from(raw, 12 + 8 * number)[0] for number in range(dimensions)]
     total = 1
     for size in sizes:
@@ -231,19 +249,34 @@ def _array(raw: bytes) -> Any:
     return items
 
 
-_TEXTUAL = frozenset({18, 19, 25, 114, 142, 194, 705, 1042, 1043, 2950})
+_TEXTUAL = frozenset({18, 19, 25, 114, 142, 705, 1042, 1043})
 _INTEGERS = frozenset({20, 21, 23, 26, 28, 2278})
-_ARRAYS = (
-    143, 199, 1000, 1001, 1002, 1003, 1005, 1007, 1009, 1014, 1015, 1016, 1021, 1022, 1028, 1115, 1182, 1183, 1185,
-    1187, 1231, 1270, 2951, 3807,
-)  # fmt: skip
+_ARRAYS = frozenset((
+    143, 199, 1000, 1001, 1002, 1003, 1005, 1007, 1009, 1014, 1015, 1016, 1021, 1022, 1028, 1115,
+    1182, 1183, 1185, 1187, 1231, 1270, 2951, 3807,
+))  # fmt: skip
 _UNSIGNED4 = Struct("!I")
 
 #: Type oids of src/include/catalog/pg_type.dat.
 _BINARY: dict[int, Callable[[bytes], Any]] = {
-    16: _bool, 17: _bytea, 18: text_of, 19: text_of, 20: _whole(_INT8), 21: _whole(_INT2), 23: _whole(_INT4),
-    25: text_of, 26: _whole(_UNSIGNED4), 28: _whole(_UNSIGNED4), 114: text_of, 142: text_of, 194: text_of,
-    700: _real(_FLOAT4), 701: _real(_FLOAT8), 705: text_of, 1042: text_of, 1043: text_of, 1082: _date, 1083: _time,
-    1114: _timestamp, 1184: _timestamptz, 1186: _interval, 1266: _timetz, 1700: _numeric, 2950: _uuid, 3802: _jsonb,
+    16: _bool,
+    17: _bytea,
+    20: _whole(_INT8),
+    21: _whole(_INT2),
+    23: _whole(_INT4),
+    26: _whole(_UNSIGNED4),
+    28: _whole(_UNSIGNED4),
+    700: _float4,
+    701: _float8,
+    1082: _date,
+    1083: _time,
+    1114: _timestamp,
+    1184: _timestamptz,
+    1186: _interval,
+    1266: _timetz,
+    1700: _numeric,
+    2950: _uuid,
+    3802: _jsonb,
+    **dict.fromkeys(_TEXTUAL, text_of),
     **dict.fromkeys(_ARRAYS, _array),
-}  # fmt: skip
+}

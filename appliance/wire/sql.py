@@ -47,6 +47,7 @@ class Analysis(NamedTuple):
     prepares: str | None = None  #: SQL PREPARE: the name that it defines
     prepared_verb: str = ""
     deallocates: str | None = None  #: SQL DEALLOCATE or DISCARD ALL: the name that goes, "" for all
+    executes: str | None = None  #: SQL EXECUTE: the name that it runs
 
 
 class Part(NamedTuple):
@@ -108,7 +109,8 @@ class Analyser:
         return parts
 
     def _remember(self, text: str, analysis: Analysis) -> None:
-        shape = _shape(text) if analysis.verb in _BY_SHAPE else None
+        # a text with parameters comes again as it is: it needs no shape
+        shape = _shape(text) if analysis.verb in _BY_SHAPE and "$" not in text else None
         if shape is not None and _LITERAL_MATTERS.search(shape) is None:
             cache, key = self._shapes, shape
         else:
@@ -192,4 +194,5 @@ def _analysis(found: Meaning, text: str) -> Analysis:
         found.prepares,
         found.prepared_verb,
         found.deallocates,
+        found.executes,
     )

@@ -73,8 +73,8 @@ _PLAIN = frozenset(
     ]
 )
 _TRANSACTION = {
-    1: "BEGIN", 2: "BEGIN", 3: "COMMIT", 4: "ROLLBACK", 5: "SAVEPOINT", 6: "RELEASE", 7: "ROLLBACK", 8: "PREPARE",
-    9: "COMMIT", 10: "ROLLBACK",
+    1: "BEGIN", 2: "BEGIN", 3: "COMMIT", 4: "ROLLBACK", 5: "SAVEPOINT", 6: "RELEASE",
+    7: "ROLLBACK", 8: "PREPARE", 9: "COMMIT", 10: "ROLLBACK",
 }  # fmt: skip
 _DISCARD_ALL = 1
 _WRITES = {
@@ -111,6 +111,7 @@ class Meaning(NamedTuple):
     prepares: str | None = None  #: name of a statement that SQL's PREPARE makes
     prepared_verb: str = ""  #: what that statement does
     deallocates: str | None = None  #: name of the prepared statement that goes; "" for all of them
+    executes: str | None = None  #: name of the prepared statement that SQL's EXECUTE runs
 
 
 def meaning(node: Any) -> Meaning:
@@ -123,6 +124,8 @@ def meaning(node: Any) -> Meaning:
         inner = statement.query.WhichOneof("node")
         inner_verb = _verb(inner, getattr(statement.query, inner))
         return Meaning(verb, tables, statement.name, inner_verb)
+    if kind == "execute_stmt":
+        return Meaning(verb, tables, executes=statement.name)
     if kind == "deallocate_stmt":
         return Meaning(verb, tables, deallocates="" if statement.isall else statement.name)
     if kind == "discard_stmt" and statement.target == _DISCARD_ALL:

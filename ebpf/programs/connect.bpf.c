@@ -60,6 +60,7 @@ static __always_inline u64 rename_process(struct settings *set, struct process *
     head.uid = id->uid;
     head.gid = id->gid;
     __builtin_memcpy(head.comm, id->comm, sizeof(head.comm));
+    note_executable(set, &head);
     if (renamed.update(&head.handle, &head))
         count_lost(LOST_RECORDS);
     if (record_ring.ringbuf_output(&head, sizeof(head), 0))
@@ -86,6 +87,8 @@ static __always_inline int note(struct bpf_sock_addr *c) {
     id.netns = bpf_get_netns_cookie(c);
     bpf_get_current_comm(id.comm, sizeof(id.comm));
     struct process *p = processes.lookup(&id.tgid);
+    if (p && p->flags & FLAG_SKIPPED)
+        return 1;
     if (p && p->cgroup == id.cgroup && p->uid == id.uid)
         id.handle = p->handle;
     else
@@ -96,12 +99,15 @@ static __always_inline int note(struct bpf_sock_addr *c) {
     return 1; /* 0 would be EPERM */
 }
 
+/* What stays on this host meets no gate. */
 int on_connect4(struct bpf_sock_addr *c) {
-    return note(c);
+    return (bpf_ntohl(c->user_ip4) >> 24) == 127 ? 1 : note(c);
 }
 
 int on_connect6(struct bpf_sock_addr *c) {
-    return note(c);
+    int local =
+        !c->user_ip6[0] && !c->user_ip6[1] && !c->user_ip6[2] && c->user_ip6[3] == bpf_htonl(1);
+    return local ? 1 : note(c);
 }
 
 /* An IPv6 socket connected to ::ffff:a.b.c.d sends IPv4. */

@@ -1,17 +1,18 @@
 /*
  * What the programs and user space share: structs, counters and maps.
  *
- * ebpf/events.py mirrors the structs and holds the same sizes. Only stable UAPI types are used:
- * nothing here, or in the programs, reads a kernel struct, so that headers of another kernel
- * version do for compiling.
+ * ebpf/events.py mirrors the structs and holds the same sizes. For compiling, only stable UAPI
+ * types are used, so that headers of another kernel version do. Of the running kernel's own structs
+ * a few pointers are followed, at offsets that the loader takes from that kernel's BTF (struct
+ * settings, `at_...`) and never at offsets that are compiled in.
  *
  * A handle is the 64-bit name of "this exec of this program, in this cgroup, as this user":
  *   host 16 bit | start epoch of the sensor 12 bit | 0 | counter 35 bit
  *   host 16 bit | start epoch of the sensor 12 bit | 1 | generation 13 bit | process id 22 bit
- * (fallback form) The fallback form is for processes whose exec was not seen: generation 0 is the
- * scan of /proc at start, others are given here at connect. fork inherits the handle, exec gives a
- * new one, and so does a connect from another cgroup or as another user than the handle was
- * recorded with: an owner record is true for every socket under it.
+ * The second, fallback form is for processes whose exec was not seen: generation 0 is the scan of
+ * /proc at start, others are given here at connect. fork inherits the handle, exec gives a new one,
+ * and so does a connect from another cgroup or as another user than the handle was recorded with:
+ * an owner record is true for every socket under it.
  */
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/tcp.h>
@@ -21,9 +22,11 @@ struct settings {
     u64 base;       /* host and epoch bits of every handle */
     u64 cgroup;     /* id of the sensor's cgroup subtree */
     u32 level;      /* its depth below the root */
-    u32 filter;     /* 1: records only for processes below it; 0: user space filters */
     u32 give_up;    /* SYN retry from which on the option is left away */
-    u32 unused;
+    /* Offsets of this kernel: */
+    u32 at_task_mm, at_task_signal, at_signal_live;
+    u32 at_mm_exe, at_mm_arg_start, at_mm_arg_end;
+    u32 at_file_inode, at_inode_number, at_inode_super, at_super_device;
 };
 
 struct process { /* by process id */
@@ -32,8 +35,8 @@ struct process { /* by process id */
     u64 cgroup;     /* that the handle was recorded with; 0: it has no record */
     u32 uid;        /* likewise */
     u32 parent_pid; /* who forked it */
-    s32 threads;    /* beside the leader */
     u32 flags;
+    u32 unused;
 };
 
 struct ident { /* by socket cookie: who called connect() */
@@ -62,21 +65,18 @@ struct record_head {
     u64 handle;
     u64 parent; /* handle before this one; at exec that of the program which forked it */
     u64 cgroup;
+    u64 inode;  /* of the executable; 0 where there is none */
+    u32 device; /* of its file system: major << 20 | minor */
     u32 kind, tgid, ptgid, uid, gid;
-    u32 argv_bytes;
+    u32 argv_bytes; /* of all arguments; of these, the first 512 are in the record */
+    u32 unused;
     char comm[16];
 };
 
 struct record {
     struct record_head head;
     char path[256]; /* as given to execve: not resolved, a script's own path for scripts */
-    char argv[512]; /* NUL-terminated arguments, argv_bytes in all */
-};
-
-struct arguments {
-    u32 bytes;
-    u32 unused;
-    char text[640]; /* 512 are used; the rest lets the verifier see that the last read fits */
+    char argv[512]; /* NUL-terminated arguments, as the new program finds them */
 };
 
 struct prefix {
@@ -84,19 +84,17 @@ struct prefix {
     u8 address[16];
 };
 
-_Static_assert(sizeof(struct settings) == 48, "settings");
+_Static_assert(sizeof(struct settings) == 80, "settings");
 _Static_assert(sizeof(struct process) == 40, "process");
 _Static_assert(sizeof(struct ident) == 56, "ident");
 _Static_assert(sizeof(struct connect_event) == 112, "connect_event");
-_Static_assert(sizeof(struct record_head) == 72, "record_head");
-_Static_assert(sizeof(struct record) == 840, "record");
+_Static_assert(sizeof(struct record_head) == 88, "record_head");
+_Static_assert(sizeof(struct record) == 856, "record");
 
 enum kind {
     KIND_EXEC = 1,
-    KIND_EXIT = 2,
-    KIND_SEEN = 3,
-    KIND_MOVED = 4,
-    KIND_FOUND = 5,
+    KIND_SEEN = 2,
+    KIND_MOVED = 3,
 };
 
 enum lost {
@@ -108,7 +106,7 @@ enum lost {
     LOST_OPTIONS = 5,
 };
 
-#define FLAG_LEADER_GONE 1
+#define FLAG_SKIPPED 1 /* its sockets are never noted: a gate */
 
 BPF_ARRAY(settings, struct settings, 1);
 BPF_ARRAY(sequence, u64, 2); /* counter of executions, counter of fallback generations */
@@ -139,8 +137,26 @@ static __always_inline u64 fallback_handle(struct settings *set, u32 tgid) {
     return set->base | 1ULL << 35 | generation << 22 | (tgid & ((1 << 22) - 1));
 }
 
-/* Whether the current process is outside the sensor's subtree; "no" where the kernel cannot tell.
- */
+/* Whether the current process is outside the sensor's subtree. */
 static __always_inline int outside(struct settings *set) {
-    return set->filter && bpf_get_current_ancestor_cgroup_id(set->level) != set->cgroup;
+    return bpf_get_current_ancestor_cgroup_id(set->level) != set->cgroup;
+}
+
+/* Follows a pointer of a kernel struct; null leads to null. */
+static __always_inline void *follow(void *from, u32 offset) {
+    void *to = 0;
+    if (from)
+        bpf_probe_read_kernel(&to, sizeof(to), from + offset);
+    return to;
+}
+
+/* Which file the current process runs: the inode number means nothing without the device. */
+static __always_inline void note_executable(struct settings *set, struct record_head *head) {
+    void *mm = follow((void *)bpf_get_current_task(), set->at_task_mm);
+    void *inode = follow(follow(mm, set->at_mm_exe), set->at_file_inode);
+    void *super = follow(inode, set->at_inode_super);
+    head->inode = (u64)follow(inode, set->at_inode_number);
+    head->device = 0;
+    if (super)
+        bpf_probe_read_kernel(&head->device, sizeof(head->device), super + set->at_super_device);
 }

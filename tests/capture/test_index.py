@@ -15,9 +15,10 @@ from capture import index as index_module
 from capture import index_query as query
 from capture.follow import Follower
 from capture.frames import FIRST_RECORD, Kind, incarnation_of
-from capture.index import Index, Indexer, IndexUnusable
+from capture.index import Index, Indexer, IndexUnusable, discard
 from capture.index_fill import Busy, _alone, fill, rebuild
 from capture.index_query import Filter, State
+from capture.index_search import NoWords
 from capture.records import (
     KINDS,
     Alarm,
@@ -222,6 +223,30 @@ def test_a_batch_that_could_not_be_written_is_written_later_and_counted_once(evi
         assert content(index) == wanted
 
 
+def test_a_transaction_that_fails_half_way_is_repeated_and_counted_once(evidence):
+    with evidence.writer(settings=SMALL_SEGMENTS) as gate:
+        busy_day(gate, 15)
+    with evidence.index() as index:
+        wanted = content(index)
+    evidence.store.index.unlink()
+    with Index.open(evidence.store.index) as index:
+        indexer = Indexer(index)
+        follower = Follower(evidence.store, evidence.keys, indexer.cursor)
+        while found := follower.step():
+            for followed in found:
+                indexer.take(followed)
+        follower.close()
+        (pages,) = index.db.execute("PRAGMA page_count").fetchone()
+        index.db.execute(f"PRAGMA max_page_count = {pages + 10}")
+        indexer.flush()
+        assert "full" in indexer.failed
+        assert not content(index)["session"]
+        index.db.execute("PRAGMA max_page_count = 1000000")
+        indexer.flush()
+        assert not indexer.failed
+        assert content(index) == wanted
+
+
 def test_a_batch_that_grew_too_long_is_dropped_and_read_again(evidence, monkeypatch):
     with evidence.writer(settings=SMALL_SEGMENTS) as gate:
         busy_day(gate, 7)
@@ -310,6 +335,28 @@ def test_a_session_that_its_process_left_open_at_a_stop_is_cut_then(evidence):
     assert cut.ended == stop.time_ns
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_an_incarnation_that_was_recovered_twice_ended_the_first_time(
+    evidence, tmp_path, backwards
+):
+    with evidence.writer("gate-0") as gate:
+        session = gate.open()
+        gate.commit()
+        with evidence.writer("gate-1") as one, evidence.writer("gate-2") as two:
+            again = Recovered(incarnation_of(session), (), 0, 0)
+            one.writer.record(0, again, 5_000)
+            two.writer.record(0, again, 9_000)
+        follower = Follower(evidence.store, evidence.keys)
+        found = sorted(follower.step(), key=lambda f: f.incarnation, reverse=backwards)
+        follower.close()
+        with Index.open(tmp_path / "index.sqlite") as index:
+            indexer = Indexer(index)
+            for followed in found:
+                indexer.take(followed)
+            indexer.flush()
+            assert query.session(index, session).ended == 5_000
+
+
 def index_again(evidence):
     return Index.open(evidence.store.index, readonly=True)
 
@@ -371,6 +418,40 @@ def test_an_indexer_goes_on_in_an_index_that_was_rebuilt_under_it(evidence):
         assert content(index) == grown
 
 
+def test_an_indexer_leaves_out_what_does_not_continue_the_index_and_goes_on_when_it_does(
+    evidence, monkeypatch
+):
+    """The index becomes an older one under it, as at the end of a rebuild."""
+    monkeypatch.setattr(index_module, "LOOK_S", 0.0)
+    with evidence.writer(settings=SMALL_SEGMENTS) as gate, evidence.index() as index:
+        indexer = Indexer(index)
+        follower = Follower(evidence.store, evidence.keys, indexer.cursor)
+
+        def pass_on():
+            gate.close(gate.open())
+            gate.commit()
+            while found := follower.step():
+                for followed in found:
+                    indexer.take(followed)
+                indexer.flush()
+
+        pass_on()
+        older = sqlite3.connect(":memory:")
+        index.db.backup(older)
+        pass_on()
+        older.backup(index.db)
+        older.close()
+        pass_on()
+        assert indexer.behind
+        assert len(content(index)["session"]) == 1, "a hole in the index would stay for good"
+        pass_on()
+        fill(index, evidence.store, evidence.keys)
+        assert len(content(index)["session"]) == 4
+        pass_on()
+        assert len(content(index)["session"]) == 5
+        follower.close()
+
+
 def test_only_one_process_rebuilds_at_a_time(evidence):
     with evidence.writer():
         pass
@@ -404,7 +485,7 @@ def test_an_open_indexer_follows_an_index_that_was_thrown_away(evidence):
     with evidence.writer(settings=SMALL_SEGMENTS) as gate, evidence.index() as index:
         indexer = Indexer(index)
         follower = Follower(evidence.store, evidence.keys, indexer.cursor)
-        evidence.store.index.write_bytes(b"no database" * 1000)
+        discard(evidence.store.index)
         rebuild(evidence.store, evidence.keys)
         busy_day(gate, 12, sessions=5)
         for followed in follower.step():
@@ -412,9 +493,9 @@ def test_an_open_indexer_follows_an_index_that_was_thrown_away(evidence):
         indexer.flush()
         follower.close()
         assert not indexer.failed
-        with evidence.index() as other:
-            assert content(index) == content(other)
+        with index_again(evidence) as other:
             assert len(content(other)["session"]) > 5
+            assert content(index) == content(other)
 
 
 def test_an_index_of_another_version_is_filled_anew(evidence):
@@ -513,8 +594,8 @@ HOSTILE = st.text(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(texts=st.lists(HOSTILE, min_size=1, max_size=5), asked=HOSTILE)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(texts=st.lists(HOSTILE, min_size=1, max_size=12), asked=HOSTILE)
 def test_no_text_breaks_the_search(tmp_path_factory, texts, asked):
     evidence = Evidence(tmp_path_factory.mktemp("hostile"))
     with evidence.writer() as gate:
@@ -526,7 +607,7 @@ def test_no_text_breaks_the_search(tmp_path_factory, texts, asked):
             for text in (asked, *texts, "\0", '"', '""', "*", '"*"*'):
                 try:
                     list(query.sessions(index, Filter(text))) if text else None
-                except query.NoWords:
+                except NoWords:
                     assert not any(c.isalnum() for c in text.replace("\0", "\n"))
             for word in {w for text in texts for w in split(text)}:
                 assert [s.number for s in query.sessions(index, Filter(word))] == [session]
@@ -600,7 +681,6 @@ def test_filters_choose_and_newest_come_first(evidence):
             assert chosen(state=State.CUT) == []
             since = query.session(index, numbers[2]).started
             assert chosen(since=since) == [numbers[3], numbers[2]]
-            assert query.count(index, Filter(account="a", limit=1)) == 2
 
 
 def test_a_record_that_is_not_understood_does_not_stop_the_index(evidence):
@@ -641,3 +721,36 @@ def test_rows_of_the_schema_are_what_sqlite_keeps(evidence):
         assert index.db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
         with pytest.raises(sqlite3.OperationalError):
             index_again(evidence).db.execute("DELETE FROM session")
+
+
+def _indexes_slowly(path, ready):
+    evidence = Evidence(path)
+    index = Index.open(evidence.store.index)
+    indexer = Indexer(index)
+    follower = Follower(evidence.store, evidence.keys, indexer.cursor)
+    ready.set()
+    while True:
+        for followed in follower.step(1):
+            indexer.take(followed)
+            indexer.flush()
+
+
+def test_an_indexer_that_is_killed_at_any_moment_leaves_an_index_that_is_right(evidence, tmp_path):
+    with evidence.writer(settings=SMALL_SEGMENTS) as gate:
+        busy_day(gate, 14, sessions=120)
+    with evidence.index() as index:
+        wanted = content(index)
+    evidence.store.index.unlink()
+    spawn = multiprocessing.get_context("spawn")
+    chance = random.Random(14)
+    for _ in range(5):
+        ready = spawn.Event()
+        process = spawn.Process(target=_indexes_slowly, args=(tmp_path, ready))
+        process.start()
+        assert ready.wait(60)
+        process.join(chance.random() * 0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    with evidence.index() as index:
+        assert content(index) == wanted
+        assert index.db.execute("PRAGMA integrity_check").fetchone() == ("ok",)

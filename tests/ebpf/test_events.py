@@ -74,15 +74,33 @@ def test_a_connect_event_round_trips(handle, address, port):
     assert events.shown(again.target) == "1.2.3.4"
 
 
-def test_a_record_round_trips_in_both_forms():
-    record = events.Record(
-        1, 2, 3, 4, events.Kind.EXEC, 5, 6, 7, 8, 9, b"sh".ljust(16, b"\0"),
-        b"/bin/sh".ljust(256, b"\0"), b"sh\0-c\0\xff!\0".ljust(512, b"\0"),
+def record(argv, argv_bytes):
+    return events.Record(
+        1, 2, 3, 4, 5, 6, events.Kind.EXEC, 5, 6, 7, 8, argv_bytes, 0, b"sh".ljust(16, b"\0"),
+        b"/bin/sh".ljust(256, b"\0"), argv.ljust(512, b"\0"),
     )  # fmt: skip
-    assert events.Record.parse(record.pack()) == record
-    assert record.arguments == ["sh", "-c", "\\xff!"]
-    head = events.Record.parse(record.pack()[: events.RECORD_HEAD.size])
-    assert (head.handle, head.path, head.arguments) == (2, b"", [])
+
+
+def test_a_record_round_trips_in_both_forms():
+    made = record(b"sh\0-c\0\xff!\0", 9)
+    assert events.Record.parse(made.pack()) == made
+    assert made.arguments == ["sh", "-c", "\\xff!"]
+    assert not made.cut
+    head = events.Record.parse(made.pack()[: events.RECORD_HEAD.size])
+    assert (head.handle, head.path, head.arguments, head.cut) == (2, b"", [], False)
+
+
+def test_empty_arguments_are_kept_and_long_ones_are_said_to_be_cut():
+    assert record(b"a\0\0b\0\0", 6).arguments == ["a", "", "b", ""]
+    long = record(b"a\0" + b"x" * 510, 600)
+    assert long.arguments == ["a", "x" * 510]
+    assert long.cut
+
+
+def test_the_settings_have_a_place_for_every_offset():
+    offsets = events.Offsets(*range(1, 11))
+    packed = events.Settings(1, 2, 3, 4, 5, 6).pack(offsets)
+    assert events.SETTINGS.unpack(packed) == (1, 2, 3, 4, 5, 6, *offsets)
 
 
 @given(

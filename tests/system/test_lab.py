@@ -75,7 +75,7 @@ def test_a_program_without_an_account_is_unknown_and_says_why(stage):
 
     session = wait_for(recorded, what="the session's record")[0]
     assert session["service_account"] is None
-    assert session["reason"] == "no-account"
+    assert session["unknown_reason"] == "no-account"
     assert session["owner"]["pid"]
 
 

@@ -11,6 +11,7 @@ process dies:
     apply   1 the guard: from here on client subnets are closed
             2 the rule set
             3 guard rules that are not needed any more
+    close   the way into the rule set: client subnets are closed, and counts stay as they are
     undo    1 the rule set: client subnets are closed
             2 the guard
 
@@ -28,7 +29,8 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from appliance.proxy.redirect import nft, routing, rules
 from appliance.proxy.redirect.checks import Problem, check, client_interfaces, own_addresses
-from appliance.proxy.redirect.counts import bypass_gaps, bypassed, counted, settle_bypass
+from appliance.proxy.redirect.counts import alone, bypass_gaps, counted, settle_bypass
+from appliance.proxy.redirect.flows import CROWD, FlowMeter, record_flows
 from appliance.proxy.redirect.rules import MARK_LOCAL, MARK_PASS, TABLE
 
 if TYPE_CHECKING:
@@ -37,10 +39,13 @@ if TYPE_CHECKING:
     from appliance.config import Config
 
 __all__ = [
-    "MARK_LOCAL", "MARK_PASS", "TABLE", "Problem", "RedirectError", "Step", "apply", "bypass_gaps",
-    "bypassed", "check", "client_interfaces", "counted", "own_addresses", "plan", "settle_bypass",
-    "undo", "undo_steps",
+    "CROWD", "MARK_LOCAL", "MARK_PASS", "TABLE", "FlowMeter", "NetlinkError", "Problem",
+    "RedirectError", "Step", "alone", "apply", "bypass_gaps", "check", "client_interfaces",
+    "close", "counted",
+    "own_addresses", "plan", "record_flows", "settle_bypass", "undo", "undo_steps",
 ]  # fmt: skip
+
+_TRIES = 5
 
 
 class RedirectError(Exception):
@@ -49,9 +54,12 @@ class RedirectError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One change, in one system call; `text` says it to a person. `run` raises NetlinkError."""
+    """One change, in one system call; `text` and `details` say it to a person. `run` raises
+    NetlinkError or nft.Overtaken.
+    """
 
     text: str
+    details: tuple[str, ...]
     run: Callable[[], None]
 
 
@@ -59,21 +67,18 @@ def plan(config: Config) -> list[Step]:
     """Return the steps from what the kernel has to what the configuration says, in order; empty
     when it has it.
     """
-    steps = []
     change = routing.changes(config)
     guard = routing.Changes(add=change.add, add_local=change.add_local)
-    if guard:
-        steps.append(Step(str(guard), lambda: routing.make(guard)))
-    table = rules.build(config, client_interfaces(config), rules.generation(nft.read(TABLE)))
-    wrong = nft.differences(table)
-    if wrong:
-        size = sum(len(chain) for chain in table.chains.values())
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        text = f"write table inet {TABLE}, {size} rules: {wrong[0]}{more}"
-        steps.append(Step(text, lambda: nft.replace(table)))
+    applied = nft.read(TABLE)
+    table = rules.build(config, client_interfaces(config), rules.generation(applied.rules))
+    wrong = nft.differences(table, applied)
     surplus = routing.Changes(remove=change.remove)
+    steps = [_routing_step("put the guard in place", guard)] if guard else []
+    if wrong:
+        text = f"write table inet {TABLE}"
+        steps.append(Step(text, tuple(wrong), lambda: nft.replace(table, applied)))
     if surplus:
-        steps.append(Step(str(surplus), lambda: routing.make(surplus)))
+        steps.append(_routing_step("remove what the guard does not need", surplus))
     return steps
 
 
@@ -82,15 +87,22 @@ def apply(config: Config) -> list[str]:
 
     Idempotent, and repairs whatever half of it is there. Raises RedirectError.
     """
-    steps = plan(config)
-    for step in steps:
-        _run(step)
-    left = plan(config) if steps else []
-    if left:
-        raise RedirectError(
-            f"the kernel has something else than was applied; still to do: {left[0].text}"
-        )
-    return [step.text for step in steps]
+    return _carry_out(lambda: plan(config))
+
+
+def close() -> None:
+    """Take the way into the rule set away: the guard closes client subnets, and the counts stand
+    still until somebody recorded them. Raises RedirectError.
+    """
+    for _ in range(_TRIES):
+        old = nft.rules_in(TABLE, [rules.BASE])
+        try:
+            return nft.rewrite(TABLE, old, {name: [] for name in old})
+        except nft.Overtaken:
+            continue
+        except NetlinkError as refused:
+            raise RedirectError(f"the kernel refused to close the rule set: {refused}") from refused
+    raise RedirectError("somebody else keeps changing the rule set")
 
 
 def undo_steps() -> list[Step]:
@@ -98,27 +110,39 @@ def undo_steps() -> list[Step]:
     go with it.
     """
     steps = []
-    if nft.read(TABLE).exists:
-        steps.append(Step(f"remove table inet {TABLE}", lambda: nft.remove(TABLE)))
+    if nft.exists(TABLE):
+        steps.append(Step(f"remove table inet {TABLE}", (), lambda: nft.remove(TABLE)))
     change = routing.removal()
     if change:
-        steps.append(Step(str(change), lambda: routing.make(change)))
+        steps.append(_routing_step("remove the guard", change))
     return steps
 
 
 def undo() -> list[str]:
     """Remove everything of ours; return what was done. Raises RedirectError."""
-    steps = undo_steps()
-    for step in steps:
-        _run(step)
-    left = undo_steps()
-    if left:
-        raise RedirectError(f"the kernel still has something of ours; still to do: {left[0].text}")
-    return [step.text for step in steps]
+    return _carry_out(undo_steps)
 
 
-def _run(step: Step) -> None:
-    try:
-        step.run()
-    except NetlinkError as refused:
-        raise RedirectError(f"the kernel refused to {step.text}: {refused}") from refused
+def _routing_step(text: str, change: routing.Changes) -> Step:
+    return Step(text, tuple(change.texts()), lambda: routing.make(change))
+
+
+def _carry_out(find: Callable[[], list[Step]]) -> list[str]:
+    """Do the steps that `find` gives until it gives none."""
+    done: list[str] = []
+    why = "it has something else than was asked for"
+    for _ in range(_TRIES):
+        steps = find()
+        if not steps:
+            return done
+        for step in steps:
+            try:
+                step.run()
+            except nft.Overtaken as refused:
+                why = str(refused)
+                break  # by the gate, which turns flow sets, or by somebody else: look again
+            except NetlinkError as refused:
+                raise RedirectError(f"the kernel refused to {step.text}: {refused}") from refused
+            done.append(step.text)
+    left = "; ".join((steps[0].text, *steps[0].details[:3]))
+    raise RedirectError(f"still to do: {left}; the kernel says: {why}")

@@ -84,8 +84,9 @@ class _Routes:
         found = []
         for family in _FAMILIES:
             for route in ip.get_routes(family=family, table=_MAIN):
-                if route["type"] == _UNICAST:
-                    found += [(_network(family, route), index) for index in _hops(route)]
+                network = _network(family, route)
+                if route["type"] == _UNICAST and not network.is_link_local:
+                    found += [(network, index) for index in _hops(route)]
         return cls(tuple(found))
 
     def to(self, network: Network) -> set[int]:

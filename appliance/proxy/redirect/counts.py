@@ -7,57 +7,76 @@ which passes nothing from then on.
 
 from __future__ import annotations
 
-import struct
+import fcntl
+import os
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from appliance.proxy.redirect import nft, rules
+from pyroute2.netlink.exceptions import NetlinkError
+
+from appliance.proxy.redirect import nft, rules, sets
 from capture.records import Gap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
 _BYPASS, _ANSWER = rules.bypass_counter(""), rules.answer_counter("")
+_NOTHING = (0, 0)
+
+
+@contextmanager
+def alone(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Be the only process that records what the kernel counted; give whether that is so.
+
+    `folder` is the boot's memory. The gate does not wait: what it does not record now, it records
+    later, unless somebody else did.
+    """
+    descriptor = os.open(folder / "counts.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def counted() -> dict[str, tuple[int, int]]:
     """Return (packets, bytes) of every counter; empty when nothing is applied.
 
     "session", "redirected", "refused" (TCP that the listener refuses), "bypass" (the list),
-    "control", "quic", "spoofed", "direct" (the listener's own port, and link-local TCP), "dropped",
-    and "allow.ROUTE", "bypass.ROUTE", "answer.ROUTE".
+    "control", "quic", "spoofed", "direct" (the listener's own port), "dropped", and "allow.ROUTE",
+    "bypass.ROUTE", "answer.ROUTE".
     """
     return nft.counters(rules.TABLE)
-
-
-def bypassed() -> list[tuple[str, int, int]]:
-    """Return (route, packets, bytes) of what passed from client to server unrecorded and was not
-    settled yet.
-    """
-    return [
-        (name.removeprefix(_BYPASS), packets, size)
-        for name, (packets, size) in counted().items()
-        if name.startswith(_BYPASS) and packets
-    ]
 
 
 def bypass_gaps() -> list[Gap]:
     """Return one Gap record for each route that was bypassed: from its first packet until now, both
     directions.
 
-    Nothing is reset: `settle_bypass` does that when these are durable.
+    Nothing is reset: `settle_bypass` does that when these are recorded.
     """
-    since = _since()
-    answers = counted()
+    counts, since, now = counted(), _since(), time.time_ns()
+    routes = {
+        name.removeprefix(prefix): None
+        for prefix in (_BYPASS, _ANSWER)
+        for name, (packets, _) in counts.items()
+        if name.startswith(prefix) and packets
+    }
     return [
         _gap(
             route,
-            packets,
-            size,
-            answers.get(_ANSWER + route, (0, 0)),
             since.get(rules.route_key(route), 0),
+            now,
+            counts.get(_BYPASS + route, _NOTHING),
+            counts.get(_ANSWER + route, _NOTHING),
         )
-        for route, packets, size in bypassed()
+        for route in routes
     ]
 
 
@@ -69,28 +88,39 @@ def settle_bypass(recorded: Iterable[Gap]) -> list[Gap]:
     """
     late = []
     for gap in recorded:
+        _forget_since(gap.detail)
         up = nft.reset_counter(rules.TABLE, _BYPASS + gap.detail)
         down = nft.reset_counter(rules.TABLE, _ANSWER + gap.detail)
-        nft.forget(rules.TABLE, rules.SINCE, [rules.route_key(gap.detail)])
-        packets = up[0] + down[0] - gap.packets
-        if packets > 0:
-            size = up[1] - gap.bytes_up, down[1] - gap.bytes_down
-            now = time.time_ns()
-            late.append(
-                Gap("route", "bypass", gap.until, now, *size, packets=packets, detail=gap.detail)
-            )
+        if up[0] + down[0] > gap.packets:
+            later = _gap(gap.detail, gap.until, time.time_ns(), up, down, without=gap)
+            late.append(later)
     return late
 
 
-def _gap(route: str, packets: int, size: int, answers: tuple[int, int], since: int) -> Gap:
-    both = packets + answers[0]
-    return Gap("route", "bypass", since, time.time_ns(), size, answers[1], both, detail=route)
+def _gap(
+    route: str,
+    since: int,
+    until: int,
+    up: tuple[int, int],
+    down: tuple[int, int],
+    without: Gap | None = None,
+) -> Gap:
+    packets, bytes_up, bytes_down = up[0] + down[0], up[1], down[1]
+    if without is not None:
+        packets -= without.packets
+        bytes_up, bytes_down = bytes_up - without.bytes_up, bytes_down - without.bytes_down
+    return Gap("route", "bypass", since, until, bytes_up, bytes_down, packets, detail=route)
 
 
 def _since() -> dict[bytes, int]:
     """Return when each route's first bypassed packet came, by the age of its element."""
     now = time.time_ns()
-    found = nft.elements(rules.TABLE, rules.SINCE, rules.KEEP_MS)
-    return {
-        element.key[: struct.calcsize("=I")]: now - element.age_ms * 1_000_000 for element in found
-    }
+    found = sets.elements(rules.TABLE, rules.SINCE, rules.KEEP_MS)
+    return {element.key[:4]: now - element.age_ms * 1_000_000 for element in found}
+
+
+def _forget_since(route: str) -> None:
+    try:
+        sets.forget(rules.TABLE, rules.SINCE, [rules.route_key(route)])
+    except NetlinkError:
+        pass  # only answers were counted, or the table is gone

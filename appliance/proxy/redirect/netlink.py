@@ -1,16 +1,17 @@
 """nftables messages as trees of attributes, over pyroute2's netlink socket.
 
-`appliance.proxy.redirect.nft` gives the numbers their names. pyroute2 carries the messages; what is
-inside is encoded here, because its own nftables attributes want integers where libnftables wants
-names, decode some flags to nothing and know no counters. What is sent and what the kernel gives
-back are the same tree, so that the two can be compared attribute by attribute (`agrees`). Formats:
-linux/netlink.h, linux/netfilter/nfnetlink.h. Every call opens a socket in the calling thread's
-network namespace and closes it.
+`appliance.proxy.redirect.nft` and its neighbours give the numbers their names. pyroute2 carries the
+messages; what is inside is encoded here, because its own nftables attributes want integers where
+libnftables wants names, decode some flags to nothing and know no counters. What is sent and what
+the kernel gives back are the same tree, so that the two can be compared attribute by attribute
+(`agrees`). Formats: linux/netlink.h, linux/netfilter/nfnetlink.h. Every call opens a socket in the
+calling thread's network namespace and closes it.
 """
 
 from __future__ import annotations
 
 import errno
+import socket
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 #: An attribute is (type, value); a value is bytes, or attributes again.
 Tree = tuple[tuple[int, "bytes | Tree"], ...]
+#: What is asked of the kernel: message number, flags, attributes.
+Message = tuple[int, int, Tree]
 
 INET = 1
 BATCH_BEGIN, BATCH_END = 0x10, 0x11
@@ -32,9 +35,11 @@ _NESTED = 0x8000
 _TYPE_MASK = 0x3FFF
 _HEADER = 20  # nlmsghdr and nfgenmsg
 _KINDS = 64
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
+_LARGEST = 64 << 20  # a limit, not what is taken
 
 
-class Message(nfgen_msg):  # type: ignore[misc]
+class RawMessage(nfgen_msg):  # type: ignore[misc]
     """An nftables message whose attributes stay bytes."""
 
     nla_map = ()
@@ -118,7 +123,7 @@ def be32(value: int) -> bytes:
     return struct.pack(">I", value & 0xFFFFFFFF)
 
 
-def transact(messages: Iterable[tuple[int, int, Tree]]) -> None:
+def transact(messages: Iterable[Message]) -> None:
     """Send (message, flags, attributes) as one transaction: all of it or nothing.
 
     It is one system call, so that no death of this process can leave a part. Raises NetlinkError
@@ -154,7 +159,7 @@ def _ask(kind: int, flags: int, tree: Tree) -> list[bytes]:
             with _socket() as sock:
                 number = NFNL_SUBSYS_NFTABLES << 8 | kind
                 answers = sock.nlm_request(_message(kind, flags, tree), number, flags)
-                return [answer.attributes for answer in answers if isinstance(answer, Message)]
+                return [answer.attributes for answer in answers if isinstance(answer, RawMessage)]
         except NetlinkDumpInterrupted:
             if attempt == RETRIES - 1:
                 raise
@@ -165,15 +170,27 @@ def _ask(kind: int, flags: int, tree: Tree) -> list[bytes]:
     raise AssertionError
 
 
+def enlarge(sock: Any) -> None:
+    """Let a netlink socket take a transaction, and the answers to it, of any size that is sane.
+
+    The limits of the system (net.core.wmem_max) would refuse some thousand networks.
+    """
+    for option in (_SO_SNDBUFFORCE, _SO_RCVBUFFORCE):
+        sock.setsockopt(socket.SOL_SOCKET, option, _LARGEST)
+
+
 def _socket() -> Any:
     sock = NFTables(nfgen_family=INET)
+    enlarge(sock)
     sock.asyncore.status["nlm_generator"] = False
-    sock.asyncore.register_policy({NFNL_SUBSYS_NFTABLES << 8 | n: Message for n in range(_KINDS)})
+    sock.asyncore.register_policy(
+        {NFNL_SUBSYS_NFTABLES << 8 | n: RawMessage for n in range(_KINDS)}
+    )
     return sock
 
 
-def _message(kind: int, flags: int, tree: Tree) -> Message:
-    message = Message()
+def _message(kind: int, flags: int, tree: Tree) -> RawMessage:
+    message = RawMessage()
     message["nfgen_family"] = INET
     message["header"]["type"] = NFNL_SUBSYS_NFTABLES << 8 | kind
     message["header"]["flags"] = flags
@@ -181,8 +198,8 @@ def _message(kind: int, flags: int, tree: Tree) -> Message:
     return message
 
 
-def _edge(number: int) -> Message:
-    message = Message()
+def _edge(number: int) -> RawMessage:
+    message = RawMessage()
     message["res_id"] = NFNL_SUBSYS_NFTABLES
     message["header"]["type"] = number
     message["header"]["flags"] = NLM_F_REQUEST

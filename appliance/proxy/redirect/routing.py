@@ -1,17 +1,20 @@
 """Policy routing: marked packets reach the local listeners, and the guard keeps everything else of
 clients out.
 
-    100  fwmark 0x4e01 lookup 7100    to a socket of ours: table 7100 makes every address local
-    101  iif lo goto 105              what this host itself sends is none of the guard's business
+    100  iif lo goto 105              what this host itself sends is none of the guard's business
+    101  fwmark 0x4e01 lookup 7100    to a socket of ours: table 7100 makes every address local
     102  fwmark 0x4e02 goto 105       what the rule set lets pass goes on as if there were no gate
     103  from CLIENTS unreachable     the guard: no client subnet is routed,
     104  to CLIENTS unreachable       neither way
     105  nop                          where the other rules of this host go on
 
 The guard does not depend on nftables, so even `nft flush ruleset` fails closed. Local addresses
-match the kernel's rule 0 first, so the gate itself stays reachable. Everything goes in, or out, in
-one system call: the kernel has taken all of it or none when a process dies. What is ours carries
-PROTOCOL and is found by it; nothing else is touched.
+match the kernel's rule 0 first, so the gate itself stays reachable. Rule 100 comes first because
+answers may carry the mark of what they answer (fwmark_reflect, tcp_fwmark_accept), and because the
+check of a packet's source asks as if from lo (src_valid_mark): neither may end in table 7100.
+
+Everything goes in, or out, in one system call: the kernel has taken all of it or none when a
+process dies. What is ours carries PROTOCOL and is found by it; nothing else is touched.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from pyroute2.netlink.rtnl import RTM_DELROUTE, RTM_DELRULE, RTM_NEWROUTE, RTM_N
 from pyroute2.netlink.rtnl.fibmsg import fibmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
+from appliance.proxy.redirect.netlink import enlarge
 from appliance.proxy.redirect.rules import MARK_LOCAL, MARK_PASS
 
 if TYPE_CHECKING:
@@ -37,7 +41,8 @@ if TYPE_CHECKING:
 
 LOCAL_TABLE = 7100
 PROTOCOL = 0x4E  #: FRA_PROTOCOL and RTA_PROTOCOL of everything here
-LOCAL, LOOPBACK, PASS, FROM_CLIENTS, TO_CLIENTS, END = range(100, 106)
+LOOPBACK, LOCAL, PASS, FROM_CLIENTS, TO_CLIENTS, END = range(100, 106)
+_FIRST = LOOPBACK
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _TO_TABLE, _GOTO, _NOP, _UNREACHABLE = 1, 2, 3, 7
 _TABLE_COMPAT = 252  # RT_TABLE_COMPAT: the number stands in FRA_TABLE
@@ -89,14 +94,15 @@ class Changes:
     def __bool__(self) -> bool:
         return bool(self.add or self.remove or self.add_local or self.remove_local)
 
-    def __str__(self) -> str:
-        parts = [f"add {rule}" for rule in self.add]
-        parts += [f"add {_version(f)} local route in table {LOCAL_TABLE}" for f in self.add_local]
-        parts += [f"remove {rule}" for rule in self.remove]
-        parts += [
-            f"remove {_version(f)} local route of table {LOCAL_TABLE}" for f in self.remove_local
+    def texts(self) -> list[str]:
+        """Say each change to a person."""
+        texts = [f"add {rule}" for rule in self.add]
+        texts += [f"add {_version(f)} local route to table {LOCAL_TABLE}" for f in self.add_local]
+        texts += [f"remove {rule}" for rule in self.remove]
+        texts += [
+            f"remove {_version(f)} local route from table {LOCAL_TABLE}" for f in self.remove_local
         ]
-        return "; ".join(parts)
+        return texts
 
 
 def wanted(clients: Iterable[Network]) -> list[PolicyRule]:
@@ -110,8 +116,8 @@ def wanted(clients: Iterable[Network]) -> list[PolicyRule]:
         mine = sorted(map(str, _collapsed(n for n in networks if n.version == version)))
         rules += [
             PolicyRule(family, END, _NOP),
-            PolicyRule(family, LOCAL, _TO_TABLE, mark=MARK_LOCAL, table=LOCAL_TABLE),
             PolicyRule(family, LOOPBACK, _GOTO, target=END, interface="lo"),
+            PolicyRule(family, LOCAL, _TO_TABLE, mark=MARK_LOCAL, table=LOCAL_TABLE),
             PolicyRule(family, PASS, _GOTO, mark=MARK_PASS, target=END),
             *(PolicyRule(family, FROM_CLIENTS, _UNREACHABLE, source=text) for text in mine),
             *(PolicyRule(family, TO_CLIENTS, _UNREACHABLE, destination=text) for text in mine),
@@ -174,6 +180,7 @@ def make(change: Changes) -> None:
         messages += [_rule_message(rule, RTM_DELRULE, 0) for rule in change.remove]
         messages += [_route_message(f, RTM_DELROUTE, 0, loopback) for f in change.remove_local]
         if messages:
+            enlarge(ip)
             ip.nlm_request_batch(messages)
 
 
@@ -194,7 +201,7 @@ def local_routes() -> list[int]:
 
 def _ours(rule: Any) -> bool:
     priority = rule.get_attr("FRA_PRIORITY") or 0
-    return rule.get_attr("FRA_PROTOCOL") == PROTOCOL and LOCAL <= priority <= END
+    return rule.get_attr("FRA_PROTOCOL") == PROTOCOL and _FIRST <= priority <= END
 
 
 def _read(family: int, rule: Any) -> PolicyRule:

@@ -5,104 +5,70 @@ One chain at prerouting (`pre`), before routing decides; the others are reached 
 or leaves a client subnet through the gate is a session, a listed bypass, an allowed and counted
 flow, or nothing:
 
-    pre       lo passes; packets of our own sockets, and ICMP errors about them, are delivered
-              here; then by address:
+    pre       lo passes, except with a client's address; packets of our own sockets, and ICMP
+              errors about them, are delivered here; then by address:
     from4/6   from a client: what keeps the network working; own, management and martian
               destinations (`refuse`); the bypass list; QUIC; TCP by route (`tcp`); other protocols
-              by route; drop
+              by route; answers to another client subnet (`answer`); drop
     refuse    TCP goes to the listener, which refuses and records it; anything else is dropped
     tcp4/6    first route that matches (`routeN`); what no route names goes to the listener too,
               which refuses it
     routeN    the listener; without one, drop, or (on_failure = "bypass") strip the SYN option,
               count, pass
-    to4/6     towards a client and no session: the return way of bypasses and allowed flows, and
-              ICMP errors; drop
+    to4/6     towards a client: to this host itself; to a socket of ours that is in TIME_WAIT;
+              else `answer`
+    answer4/6 the return way of bypasses and allowed flows, and ICMP errors; drop
     up4/6, down4/6   count an allowed packet under client, protocol and port, and let it pass;
               `flows` swaps the set that they count in
 
 A packet that passes carries MARK_PASS, one for a socket of ours MARK_LOCAL; `routing` says what the
-marks do. The kernel reassembles fragments before `pre`, because tproxy asks for it, so ports can
-always be read.
+marks do. No connection tracking is used. The kernel reassembles fragments before `pre`, because
+tproxy asks for it, so ports can always be read.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import socket
 import struct
 import zlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from appliance.proxy.redirect import nft
+from appliance.proxy.redirect import expressions as expr
+from appliance.proxy.redirect import sets
+from appliance.proxy.redirect.expressions import ACCEPT, DROP
+from appliance.proxy.redirect.family import FAMILIES, IPV4, IPV6, Family
 from appliance.proxy.redirect.netlink import text
+from appliance.proxy.redirect.nft import Table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from appliance.config import Config, Network, Route
-    from appliance.proxy.redirect.nft import Expression
+    from appliance.proxy.redirect.expressions import Expression, Rule
 
 TABLE = "narrows"
 BASE = "pre"
 MARK_LOCAL = 0x4E01  #: deliver to a socket of this host
 MARK_PASS = 0x4E02  #: route as if there were no gate
 SYN_OPTION = 253
-FLOW_SIZE = (
-    65536  #: keys in a flow set; what finds no room is dropped, so that nothing passes uncounted
-)
+#: Keys in a flow set; what finds no room is dropped, so that nothing passes uncounted.
+FLOW_SIZE = 65536
 KEEP_MS = 365 * 86_400_000  #: how long an element waits to be read
 SINCE = "since"  #: set with the first packet of each bypass
-PORTED = (nft.TYPE_PROTOCOL, (6, 17, 33, 132, 136))  # TCP, UDP, DCCP, SCTP, UDP-Lite
+FLOW_CHAINS = ("up4", "down4", "up6", "down6")
+PORTED = (6, 17, 33, 132, 136)  #: protocols with ports: TCP, UDP, DCCP, SCTP, UDP-Lite
+COUNTERS = (
+    "session", "redirected", "refused", "bypass", "control", "quic", "spoofed", "direct", "dropped",
+)  # fmt: skip
 
 _TCP, _UDP, _QUIC = 6, 17, 443
 _ALL_PORTS = ((1, 65535),)
 _IPV4_NOWHERE = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")
 _IPV6_NOWHERE = ("::/127", "fe80::/10", "ff00::/8")
 _MAPPED = ("::ffff:0:0/96",)  # an IPv6 socket would reach them by IPv4
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """Where things stand in a packet of one IP version, and what its ICMP types are."""
-
-    version: int
-    number: int  #: as in NFPROTO_*
-    source: int
-    destination: int
-    size: int
-    address_type: int
-    icmp: int
-    icmp_type: int  #: nftables' data type, for people who list the rules
-    ping: int
-    errors: tuple[int, ...]  #: unreachable, too big, time exceeded, parameter problem
-    proto_register: int
-    port_register: int
-
-    def addresses(self, networks: Iterable[Network]) -> nft.IntervalSet:
-        """Return the set of those networks that are of this version."""
-        ranges = [
-            (int(network.network_address), int(network.broadcast_address))
-            for network in networks
-            if network.version == self.version
-        ]
-        return nft.IntervalSet.of(self.address_type, self.size, ranges)
-
-    def types(self, types: Iterable[int]) -> nft.ExactSet:
-        """Return the set of ICMP types."""
-        return nft.ExactSet(
-            self.icmp_type, 1, frozenset((bytes([number]), False) for number in types)
-        )
-
-    def sees(self, networks: Iterable[Network]) -> bool:
-        """Say whether one of the networks is of this version."""
-        return any(network.version == self.version for network in networks)
-
-
-IPV4 = _Family(4, socket.AF_INET, 12, 16, 4, nft.TYPE_IPV4, 1, 14, 8, (3, 11, 12), 9, 10)
-IPV6 = _Family(6, socket.AF_INET6, 8, 24, 16, nft.TYPE_IPV6, 58, 29, 128, (1, 2, 3, 4), 2, 13)
-FAMILIES = (IPV4, IPV6)
+_LINK = ("fe80::/10", "::/128")  # sources that are never routed
 _NEIGHBOUR_DISCOVERY = (133, 134, 135, 136)
+_NO_HOSTS = (2, 3, 4, 5)  # RTN_LOCAL, _BROADCAST, _ANYCAST, _MULTICAST: this host takes them
 
 
 def bypass_counter(route: str) -> str:
@@ -130,13 +96,22 @@ def flow_set(version: int, generation: str) -> str:
     return f"flows{version}{generation}"
 
 
-def generation(applied: nft.Applied) -> str:
-    """Return which of the two flow sets the applied rules count into; "a" when there are none."""
-    first = next(iter(applied.rules.get("up4", ())), b"")
+def generation(applied: dict[str, list[bytes]]) -> str:
+    """Return which of the two flow sets applied rules, by chain, count in; "a" when there are
+    none.
+    """
+    first = next(iter(applied.get("up4", ())), b"")
     return "b" if text(flow_set(4, "b")) in first else "a"
 
 
-def build(config: Config, interfaces: Iterable[str], active: str) -> nft.Table:
+def protocol_number(name: str, version: int) -> int:
+    """Return the IP protocol number of a route's `protocol`: "icmp" is that of the IP version."""
+    if name == "icmp":
+        return (IPV4 if version == 4 else IPV6).icmp
+    return {"tcp": _TCP, "udp": _UDP}.get(name) or int(name)
+
+
+def build(config: Config, interfaces: Iterable[str], active: str) -> Table:
     """Return the table for a configuration.
 
     `interfaces` are those that client subnets are reached through; `active` is the generation of
@@ -145,258 +120,238 @@ def build(config: Config, interfaces: Iterable[str], active: str) -> nft.Table:
     return _Builder(config, active).build(sorted(interfaces))
 
 
-def flow_chains(family: _Family, generation: str) -> dict[str, list[list[Expression]]]:
+def flow_chains(family: Family, active: str) -> dict[str, list[Rule]]:
     """Return the chains that count an allowed packet and let it pass: `up` from clients, `down`
     towards them.
     """
     chains = {}
-    for name, address, port in (("up", family.source, 2), ("down", family.destination, 0)):
-        key = [
-            nft.payload(nft.NETWORK, address, family.size),
-            nft.meta(nft.META_L4PROTO, family.proto_register),
-        ]
-        ported = [*key, nft.payload(nft.TRANSPORT, port, 2, family.port_register)]
-        bare = [*key, nft.load(bytes(2), family.port_register)]
+    ways = (("up", family.source, 2), ("down", family.destination, 0))
+    for name, client, port in ways:
+        key = [client, expr.meta(expr.META_L4PROTO, family.protocol_register)]
+        ported = [*key, expr.payload(expr.TRANSPORT, port, 2, family.port_register)]
+        bare = [*key, expr.load(bytes(2), family.port_register)]
         end = [
-            nft.remember(flow_set(family.version, generation)),
-            *nft.set_mark(MARK_PASS),
-            nft.ACCEPT,
+            expr.remember(flow_set(family.version, active)),
+            *expr.set_mark(MARK_PASS),
+            ACCEPT,
         ]
         chains[f"{name}{family.version}"] = [
-            [nft.meta(nft.META_L4PROTO), nft.in_set("ported"), *ported, *end],
-            [nft.meta(nft.META_L4PROTO), nft.in_set("ported", inverted=True), *bare, *end],
-            [nft.count("dropped"), nft.DROP],
+            [expr.meta(expr.META_L4PROTO), expr.in_set("ported"), *ported, *end],
+            [expr.meta(expr.META_L4PROTO), expr.in_set("ported", inverted=True), *bare, *end],
+            _drop("dropped"),
         ]
     return chains
 
 
-def _protocol(number: int) -> list[Expression]:
-    return [nft.meta(nft.META_L4PROTO), nft.equals(bytes([number]))]
+def _protocol(number: int) -> Rule:
+    return [expr.meta(expr.META_L4PROTO), expr.equals(bytes([number]))]
 
 
-def _counted(name: str, *end: Expression) -> list[Expression]:
-    return [nft.count(name), *end]
+def _drop(counter: str) -> Rule:
+    return [expr.count(counter), DROP]
 
 
-def _pass(name: str) -> list[Expression]:
-    return [*nft.set_mark(MARK_PASS), nft.count(name), nft.ACCEPT]
+def _pass(counter: str) -> Rule:
+    return [*expr.set_mark(MARK_PASS), expr.count(counter), ACCEPT]
+
+
+def _deliver(counter: str) -> Rule:
+    return [*expr.set_mark(MARK_LOCAL), expr.count(counter), ACCEPT]
 
 
 class _Builder:
     """Writes the table of one configuration."""
 
-    def __init__(self, config: Config, generation: str) -> None:
+    def __init__(self, config: Config, active: str) -> None:
         self._config = config
-        self._generation = generation
-        self._table = nft.Table(TABLE, BASE, chains={BASE: []})
-        self._table.counters = [
-            "session", "redirected", "refused", "bypass", "control", "quic", "spoofed", "direct",
-            "dropped",
-        ]  # fmt: skip
+        self._active = active
+        self._table = Table(TABLE, BASE, chains={BASE: []}, counters=list(COUNTERS))
+        self._seen = [family for family in FAMILIES if family.sees(config.redirect.clients)]
 
-    def build(self, interfaces: list[str]) -> nft.Table:
+    def build(self, interfaces: list[str]) -> Table:
+        chains, seen = self._table.chains, self._seen
         self._shared_sets(interfaces)
-        seen = [family for family in FAMILIES if family.sees(self._config.redirect.clients)]
-        pre = self._table.chains[BASE]
-        pre.append([nft.meta(nft.META_IIFNAME), nft.equals(_interface("lo")), nft.ACCEPT])
-        pre.append(
-            [*nft.own_sockets(), *nft.set_mark(MARK_LOCAL), *_counted("session", nft.ACCEPT)]
-        )
+        ours = [*expr.transparent_socket(), *expr.wildcard_socket(inverted=True)]
+        pre = chains[BASE]
+        pre += self._inside()
+        pre.append([*ours, *_deliver("session")])
+        pre += [[*_in(f, f.source, "clients"), expr.goto(f"from{f.version}")] for f in seen]
+        pre += self._strangers()
+        pre += [[*_in(f, f.destination, "clients"), expr.goto(f"to{f.version}")] for f in seen]
+        strip = [*_protocol(_TCP), expr.strip_option(SYN_OPTION)]
+        chains["bypass"] = [strip, _pass("bypass")]
         for family in FAMILIES:
             self._family_sets(family)
-            self._table.chains |= flow_chains(family, self._generation)
-        pre += [[*self._source(family), nft.goto(f"from{family.version}")] for family in seen]
-        pre += self._strangers()
-        pre += [[*self._destination(family), nft.goto(f"to{family.version}")] for family in seen]
-        strip = [*_protocol(_TCP), nft.strip_option(SYN_OPTION)]
-        self._table.chains["bypass"] = [strip, _pass("bypass")]
+            chains |= flow_chains(family, self._active)
         for family in seen:
-            self._from(family)
-            self._refuse(family)
-            self._tcp(family)
-            self._to(family)
+            chains[f"from{family.version}"] = self._from(family)
+            chains[f"refuse{family.version}"] = self._refuse(family)
+            chains[f"tcp{family.version}"] = self._tcp(family)
+            chains[f"to{family.version}"] = self._to(family)
+            chains[f"answer{family.version}"] = self._answer(family)
         return self._table
 
-    def _shared_sets(self, interfaces: list[str]) -> None:
-        sets = self._table.sets
-        sets["interfaces"] = nft.ExactSet(
-            nft.TYPE_IFNAME, 16, frozenset((_interface(name), False) for name in interfaces)
-        )
-        kind, numbers = PORTED
-        sets["ported"] = nft.ExactSet(kind, 1, frozenset((bytes([n]), False) for n in numbers))
-        sets[SINCE] = nft.DynamicSet(nft.TYPE_MARK, 4, FLOW_SIZE, KEEP_MS)
-
-    def _family_sets(self, family: _Family) -> None:
-        config, sets, version = self._config, self._table.sets, family.version
-        nowhere = _networks(_IPV4_NOWHERE if version == 4 else _IPV6_NOWHERE)
-        sets[f"clients{version}"] = family.addresses(config.redirect.clients)
-        sets[f"bypass{version}"] = family.addresses(config.redirect.bypass)
-        sets[f"refused{version}"] = family.addresses([*nowhere, *config.redirect.management])
-        sets[f"errors{version}"] = family.types(family.errors)
-        key = (family.address_type << 6 | nft.TYPE_PROTOCOL) << 6 | nft.TYPE_PORT
-        for generation in "ab":
-            flows = nft.DynamicSet(key, family.size + 8, FLOW_SIZE, KEEP_MS)
-            sets[flow_set(version, generation)] = flows
-        if version == 6:
-            sets["linklocal6"] = family.addresses(_networks(("fe80::/10",)))
-            sets["mapped6"] = family.addresses(_networks(_MAPPED))
-            sets["discovery6"] = family.types(_NEIGHBOUR_DISCOVERY)
-
-    def _source(self, family: _Family) -> list[Expression]:
-        return self._in(family, family.source, f"clients{family.version}")
-
-    def _destination(self, family: _Family) -> list[Expression]:
-        return self._in(family, family.destination, f"clients{family.version}")
-
-    def _in(self, family: _Family, offset: int, name: str) -> list[Expression]:
-        version = [nft.meta(nft.META_NFPROTO), nft.equals(bytes([family.number]))]
-        return [*version, nft.payload(nft.NETWORK, offset, family.size), nft.in_set(name)]
-
-    def _strangers(self) -> list[list[Expression]]:
-        """Return the rules for sources that are no clients: no way around the redirect by another
-        address.
+    def _inside(self) -> list[Rule]:
+        """Return the rules for what this host sends to itself: no session with a client's address
+        can be one with this host, whatever its listener thinks.
         """
-        near = [nft.meta(nft.META_IIFNAME), nft.in_set("interfaces")]
-        ipv6 = [nft.meta(nft.META_NFPROTO), nft.equals(bytes([IPV6.number]))]
-        source = nft.payload(nft.NETWORK, IPV6.source, IPV6.size)
-        link = [*near, *ipv6, source, nft.in_set("linklocal6")]
-        routed = [*near, *ipv6, source, nft.in_set("linklocal6", inverted=True)]
-        ipv4 = [nft.meta(nft.META_NFPROTO), nft.equals(bytes([IPV4.number]))]
-        listener = nft.equals(struct.pack(">H", self._config.gate.listen_port))
-        spoofed = [*nft.source_elsewhere(), *_counted("spoofed", nft.DROP)]
-        return [
-            [*link, *_protocol(_TCP), *nft.to_local(), *_counted("direct", nft.DROP)],
-            [*routed, *spoofed],
-            [*near, *ipv4, *spoofed],
-            [
-                *_protocol(_TCP),
-                nft.payload(nft.TRANSPORT, 2, 2),
-                listener,
-                *nft.to_local(),
-                *_counted("direct", nft.DROP),
-            ],
-        ]
+        loopback = [expr.meta(expr.META_IIFNAME), expr.equals(_interface("lo"))]
+        clients = [[*loopback, *_in(f, f.source, "clients"), *_drop("spoofed")] for f in self._seen]
+        return [[*loopback, *expr.from_local(), ACCEPT], *clients, [*loopback, ACCEPT]]
 
-    def _from(self, family: _Family) -> None:
-        version = family.version
-        to = nft.payload(nft.NETWORK, family.destination, family.size)
-        kind = [*_protocol(family.icmp), nft.payload(nft.TRANSPORT, 0, 1)]
-        control = _counted("control", nft.ACCEPT)
-        rules: list[list[Expression]] = []
+    def _shared_sets(self, interfaces: list[str]) -> None:
+        add = self._table.sets
+        names = frozenset((_interface(name), False) for name in interfaces)
+        add["interfaces"] = sets.ExactSet(sets.TYPE_IFNAME, 16, names)
+        add["ported"] = sets.ExactSet.of(sets.TYPE_PROTOCOL, [bytes([n]) for n in PORTED])
+        kinds = [struct.pack("=I", number) for number in _NO_HOSTS]
+        add["nohosts"] = sets.ExactSet.of(sets.TYPE_ADDRESS_KIND, kinds)
+        add[SINCE] = sets.DynamicSet(sets.TYPE_MARK, 4, FLOW_SIZE, KEEP_MS)
+
+    def _family_sets(self, family: Family) -> None:
+        redirect, add, version = self._config.redirect, self._table.sets, family.version
+        nowhere = _networks(_IPV4_NOWHERE if version == 4 else _IPV6_NOWHERE)
+        add[f"clients{version}"] = family.addresses(redirect.clients)
+        add[f"bypass{version}"] = family.addresses(redirect.bypass)
+        add[f"refused{version}"] = family.addresses([*nowhere, *redirect.management])
+        add[f"errors{version}"] = family.types(family.errors)
+        key = (family.address_type << 6 | sets.TYPE_PROTOCOL) << 6 | sets.TYPE_PORT
+        for name in (flow_set(version, "a"), flow_set(version, "b")):
+            add[name] = sets.DynamicSet(key, family.size + 8, FLOW_SIZE, KEEP_MS)
         if version == 6:
-            rules.append([*kind, nft.in_set("discovery6"), *control])
-            rules.append([to, nft.in_set("mapped6"), *_counted("dropped", nft.DROP)])
-        rules.append([*kind, nft.equals(bytes([family.ping])), *nft.to_local(), *control])
-        rules.append([*kind, nft.in_set(f"errors{version}"), *nft.to_local(), *control])
-        rules.append([*nft.to_local(), nft.goto(f"refuse{version}")])
-        rules.append([to, nft.in_set(f"refused{version}"), nft.goto(f"refuse{version}")])
-        rules.append([to, nft.in_set(f"bypass{version}"), nft.goto("bypass")])
-        if self._config.redirect.quic_reject:
-            port = [nft.payload(nft.TRANSPORT, 2, 2), nft.equals(struct.pack(">H", _QUIC))]
-            rules.append([*_protocol(_UDP), *port, *_counted("quic", nft.reject_port())])
-        rules.append([*_protocol(_TCP), nft.goto(f"tcp{version}")])
-        for number, route in self._routes(family, "allow"):
-            where = self._where(family, number, route, answer=False)
-            protocol = _protocol(protocol_number(route.protocol, version))
-            counted = [nft.count(allow_counter(route.name)), nft.goto(f"up{version}")]
-            rules.append([*protocol, *where, *counted])
-            rules.append([*kind, nft.in_set(f"errors{version}"), *where[:2], *counted])
-            self._count(allow_counter(route.name))
-        rules.append(_counted("dropped", nft.DROP))
-        self._table.chains[f"from{version}"] = rules
+            add["link6"] = family.addresses(_networks(_LINK))
+            add["mapped6"] = family.addresses(_networks(_MAPPED))
+            add["discovery6"] = family.types(_NEIGHBOUR_DISCOVERY)
 
-    def _refuse(self, family: _Family) -> None:
-        to_listener = [*self._listener(family), *_counted("refused", nft.ACCEPT)]
-        drop = _counted("dropped", nft.DROP)
-        self._table.chains[f"refuse{family.version}"] = [[*_protocol(_TCP), *to_listener], drop]
+    def _strangers(self) -> list[Rule]:
+        """Return the rules for sources that are no clients: no way around the redirect by another
+        address, and none to the listener itself.
+        """
+        near = [expr.meta(expr.META_IIFNAME), expr.in_set("interfaces")]
+        elsewhere = [*expr.source_elsewhere(), *_drop("spoofed")]
+        ipv4 = [*near, *IPV4.mine, IPV4.source, expr.equals(bytes(4), inverted=True)]
+        ipv6 = [*near, *IPV6.mine, IPV6.source]
+        rules = [[*ipv4, *elsewhere], [*ipv6, expr.in_set("link6", inverted=True), *elsewhere]]
+        to_us = [*_protocol(_TCP), *expr.to_local()]
+        if IPV6 in self._seen:
+            rules.append([*ipv6, expr.in_set("link6"), *to_us, expr.goto("refuse6")])
+        listener = expr.equals(struct.pack(">H", self._config.gate.listen_port))
+        port = [expr.payload(expr.TRANSPORT, 2, 2), listener]
+        return [*rules, [*to_us, *port, *_drop("direct")]]
 
-    def _listener(self, family: _Family) -> list[Expression]:
-        return [
-            *nft.to_listener(family.number, self._config.gate.listen_port),
-            *nft.set_mark(MARK_LOCAL),
+    def _from(self, family: Family) -> list[Rule]:
+        version, to, kind = family.version, family.destination, family.icmp_kind
+        control = [expr.count("control"), ACCEPT]
+        rules: list[Rule] = []
+        if version == 6:
+            rules.append([*kind, expr.in_set("discovery6"), *control])
+            rules.append([to, expr.in_set("mapped6"), *_drop("dropped")])
+        rules += [
+            [*kind, expr.equals(bytes([family.ping])), *expr.to_local(), *control],
+            [*kind, expr.in_set(f"errors{version}"), *expr.to_local(), *control],
+            [*_protocol(_TCP), *expr.opens_no_connection(), *self._our_own(), *control],
+            [expr.kind_of_destination(), expr.in_set("nohosts"), expr.goto(f"refuse{version}")],
+            [to, expr.in_set(f"refused{version}"), expr.goto(f"refuse{version}")],
+            [to, expr.in_set(f"bypass{version}"), expr.goto("bypass")],
         ]
+        if self._config.redirect.quic_reject:
+            port = [expr.payload(expr.TRANSPORT, 2, 2), expr.equals(struct.pack(">H", _QUIC))]
+            rejected = [expr.count("quic"), expr.reject_port()]
+            rules.append([*_protocol(_UDP), *port, *rejected])
+        rules.append([*_protocol(_TCP), expr.goto(f"tcp{version}")])
+        for number, route in self._routes(family, "allow"):
+            counted = [self._counted(allow_counter(route.name)), expr.goto(f"up{version}")]
+            where = self._where(family, number, route, answer=False)
+            rules.append([*_protocol(protocol_number(route.protocol, version)), *where, *counted])
+            rules.append([*kind, expr.in_set(f"errors{version}"), *where[:2], *counted])
+        rules.append([to, expr.in_set(f"clients{version}"), expr.goto(f"answer{version}")])
+        return [*rules, _drop("dropped")]
 
-    def _tcp(self, family: _Family) -> None:
-        rules: list[list[Expression]] = []
+    def _our_own(self) -> Rule:
+        """Continue for answers to connections that this host opened itself (source = "gate")."""
+        return [*expr.to_local(), *expr.wildcard_socket(inverted=True)]
+
+    def _refuse(self, family: Family) -> list[Rule]:
+        return [[*_protocol(_TCP), *self._listener(family, "refused")], _drop("dropped")]
+
+    def _listener(self, family: Family, counter: str) -> Rule:
+        port = self._config.gate.listen_port
+        return [*expr.to_listener(family.number, port), *_deliver(counter)]
+
+    def _tcp(self, family: Family) -> list[Rule]:
+        rules: list[Rule] = []
         for number, route in self._routes(family, "intercept"):
             chain = f"route{number}.{family.version}"
-            rules.append([*self._where(family, number, route, answer=False), nft.goto(chain)])
-            redirected = [*self._listener(family), *_counted("redirected", nft.ACCEPT)]
+            rules.append([*self._where(family, number, route, answer=False), expr.goto(chain)])
+            redirected = self._listener(family, "redirected")
             self._table.chains[chain] = [redirected, *self._without_listener(route)]
-        rules.append([nft.goto(f"refuse{family.version}")])
-        self._table.chains[f"tcp{family.version}"] = rules
+        return [*rules, [expr.goto(f"refuse{family.version}")]]
 
-    def _without_listener(self, route: Route) -> list[list[Expression]]:
-        drop = _counted("dropped", nft.DROP)
+    def _without_listener(self, route: Route) -> list[Rule]:
         if route.on_failure == "closed":
-            return [drop]
-        name = bypass_counter(route.name)
-        self._count(name)
-        since = [nft.load(route_key(route.name)), nft.remember(SINCE)]
-        return [[nft.strip_option(SYN_OPTION)], [*since, *_pass(name)], drop]
+            return [_drop("dropped")]
+        counter = bypass_counter(route.name)
+        self._counted(counter)
+        since = [expr.load(route_key(route.name)), expr.remember(SINCE)]
+        return [[expr.strip_option(SYN_OPTION)], [*since, *_pass(counter)], _drop("dropped")]
 
-    def _to(self, family: _Family) -> None:
+    def _to(self, family: Family) -> list[Rule]:
+        tcp = [*_protocol(_TCP), *expr.transparent_socket()]
+        answer = expr.goto(f"answer{family.version}")
+        return [
+            [*expr.to_local(), ACCEPT],
+            [*tcp, *expr.wildcard_socket(), answer],
+            [*tcp, *_deliver("session")],
+            [answer],
+        ]
+
+    def _answer(self, family: Family) -> list[Rule]:
         version = family.version
-        source = nft.payload(nft.NETWORK, family.source, family.size)
-        kind = [*_protocol(family.icmp), nft.payload(nft.TRANSPORT, 0, 1)]
-        rules: list[list[Expression]] = [
-            [*nft.to_local(), nft.ACCEPT],
-            [*kind, nft.in_set(f"errors{version}"), nft.goto(f"down{version}")],
-            [source, nft.in_set(f"bypass{version}"), *_pass("bypass")],
+        errors = [*family.icmp_kind, expr.in_set(f"errors{version}")]
+        rules: list[Rule] = [
+            [*errors, expr.goto(f"down{version}")],
+            [family.source, expr.in_set(f"bypass{version}"), *_pass("bypass")],
         ]
         for number, route in self._routes(family, "intercept"):
             if route.on_failure == "bypass":
+                counter = answer_counter(route.name)
+                self._counted(counter)
                 where = self._where(family, number, route, answer=True)
-                rules.append([*_protocol(_TCP), *where, *_pass(answer_counter(route.name))])
-                self._count(answer_counter(route.name))
+                answers = [*_protocol(_TCP), *expr.opens_no_connection(), *where]
+                rules.append([*answers, *_pass(counter)])
         for number, route in self._routes(family, "allow"):
+            counted = [self._counted(allow_counter(route.name)), expr.goto(f"down{version}")]
             where = self._where(family, number, route, answer=True)
-            protocol = _protocol(protocol_number(route.protocol, version))
-            rules.append(
-                [
-                    *protocol,
-                    *where,
-                    nft.count(allow_counter(route.name)),
-                    nft.goto(f"down{version}"),
-                ]
-            )
-        rules.append(_counted("dropped", nft.DROP))
-        self._table.chains[f"to{version}"] = rules
+            rules.append([*_protocol(protocol_number(route.protocol, version)), *where, *counted])
+        return [*rules, _drop("dropped")]
 
-    def _routes(self, family: _Family, action: str) -> list[tuple[int, Route]]:
-        return [
-            (number, route)
-            for number, route in enumerate(self._config.route)
-            if route.action == action and family.sees(route.destinations)
-        ]
+    def _routes(self, family: Family, action: str) -> list[tuple[int, Route]]:
+        routes = enumerate(self._config.route)
+        return [(n, r) for n, r in routes if r.action == action and family.sees(r.destinations)]
 
-    def _where(
-        self, family: _Family, number: int, route: Route, *, answer: bool
-    ) -> list[Expression]:
+    def _where(self, family: Family, number: int, route: Route, *, answer: bool) -> Rule:
         """Continue when the packet is to, or with `answer` from, a route's destinations and
         ports.
         """
-        name = f"route{number}.{family.version}"
-        self._table.sets[f"{name}.to"] = family.addresses(route.destinations)
-        address = family.source if answer else family.destination
-        where = [nft.payload(nft.NETWORK, address, family.size), nft.in_set(f"{name}.to")]
+        name = f"route{number}.{family.version}.to"
+        self._table.sets[name] = family.addresses(route.destinations)
+        where = [family.source if answer else family.destination, expr.in_set(name)]
         if route.ports.ranges != _ALL_PORTS:
-            ports = nft.IntervalSet.of(nft.TYPE_PORT, 2, list(route.ports.ranges))
-            self._table.sets[f"route{number}.ports"] = ports
-            port = nft.payload(nft.TRANSPORT, 0 if answer else 2, 2)
-            where += [port, nft.in_set(f"route{number}.ports")]
+            ports = f"route{number}.ports"
+            self._table.sets[ports] = sets.IntervalSet.of(sets.TYPE_PORT, 2, route.ports.ranges)
+            port = expr.payload(expr.TRANSPORT, 0 if answer else 2, 2)
+            where += [port, expr.in_set(ports)]
         return where
 
-    def _count(self, name: str) -> None:
+    def _counted(self, name: str) -> Expression:
+        """Return the expression that counts in a counter of this table."""
         if name not in self._table.counters:
             self._table.counters.append(name)
+        return expr.count(name)
 
 
-def protocol_number(name: str, version: int) -> int:
-    """Return the IP protocol number of a route's `protocol`: "icmp" is that of the IP version."""
-    if name == "icmp":
-        return (IPV4 if version == 4 else IPV6).icmp
-    return {"tcp": _TCP, "udp": _UDP}.get(name) or int(name)
+def _in(family: Family, address: Expression, name: str) -> Rule:
+    return [*family.mine, address, expr.in_set(f"{name}{family.version}")]
 
 
 def _networks(networks: Iterable[str]) -> list[Network]:

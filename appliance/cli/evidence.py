@@ -1,0 +1,129 @@
+"""`narrows evidence verify|reindex|log`: is it whole, make the index anew, what happened to it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from appliance.cli import settings
+from appliance.cli.outcome import OK, USAGE, Refusal
+from appliance.cli.printable import printable
+from appliance.cli.reading import Evidence, evidence
+from capture import index_query, plainjson, records
+from capture.errors import EvidenceError
+from capture.frames import session_name
+from capture.index_fill import rebuild
+from capture.moment import rfc3339
+from capture.verify import verify
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator
+
+    from capture.index import Index
+
+#: What `log` shows: records that are not about one session's content.
+LOGGED = (
+    records.Gap, records.Access, records.Decision, records.Alarm, records.Refused, records.Start,
+    records.Stop, records.Recovered,
+)  # fmt: skip
+_NAMES = {kind.__name__.lower(): records.KINDS[kind] for kind in LOGGED}
+_WHOLE = re.compile("all|[0-9a-f]{8}|[0-9a-hjkmnp-tv-z]{13}")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's words."""
+    verbs = parser.add_subparsers(required=True, metavar="verify|reindex|log", dest="verb")
+    checked = verbs.add_parser(
+        "verify", help="check the evidence: 0 valid, 1 invalid, 2 incomplete"
+    )
+    checked.add_argument(
+        "what", nargs="?", default="all", metavar="SEGMENT|SESSION|all", help="default: all"
+    )
+    checked.add_argument("--ledger-key", metavar="FILE|KEY", help="the log's key that you trust")
+    checked.add_argument("--json", action="store_true", help="print JSON")
+    anew = verbs.add_parser("reindex", help="make the search index anew from the segments")
+    log = verbs.add_parser("log", help="gaps, reads, decisions, alarms, refusals, starts and stops")
+    log.add_argument("--kind", choices=sorted(_NAMES), help="only this kind")
+    log.add_argument("--json", action="store_true", help="print JSON")
+    for verb in (checked, anew, log):
+        settings.add_config(verb)
+
+
+def run(words: argparse.Namespace) -> int:
+    """Run one verb."""
+    verbs: dict[str, Callable[[Evidence, argparse.Namespace], int]] = {
+        "verify": _verify, "reindex": _reindex, "log": _log,
+    }  # fmt: skip
+    with evidence(words) as opened:
+        return verbs[words.verb](opened, words)
+
+
+def _verify(opened: Evidence, words: argparse.Namespace) -> int:
+    what = words.what.lower()
+    if not _WHOLE.fullmatch(what):
+        with opened.index() as index:
+            [session] = opened.named(index, "verify", [what])
+        what = session.name
+    opened.record("verify")
+    report = verify(opened.store.state, what, _ledger_key(words.ledger_key))
+    print(plainjson.dumps(report.json()) if words.json else report.text())
+    return report.exit_code
+
+
+def _ledger_key(given: str | None) -> str | None:
+    """Return the verifier key that a file or the word itself holds."""
+    if given is None or "+" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as wrong:
+        raise Refusal(f"{given} cannot be read: {wrong}", code=USAGE) from wrong
+
+
+def _reindex(opened: Evidence, words: argparse.Namespace) -> int:
+    del words
+    opened.record("reindex")
+    try:
+        sessions = rebuild(opened.store, opened.keys)
+    except EvidenceError as wrong:
+        raise Refusal(str(wrong), "the old index is as it was") from wrong
+    print(f"{sessions} sessions are in the index", file=sys.stderr)
+    return OK
+
+
+def _log(opened: Evidence, words: argparse.Namespace) -> int:
+    opened.record("list")
+    kinds = [_NAMES[words.kind]] if words.kind else list(_NAMES.values())
+    with opened.index() as index:
+        for entry in _entries(index, kinds):
+            if words.kind is None and _is_read(entry["fields"]):
+                continue  # its Access record tells it
+            if words.json:
+                print(plainjson.dumps(entry))
+            else:
+                told = " ".join(f"{n}={_shown(v)}" for n, v in entry["fields"].items() if v)
+                session = entry["session"] or "-"
+                print(f"{entry['time']}  {entry['kind']:10} {session:13}  {told}")
+    return OK
+
+
+def _entries(index: Index, kinds: list[int]) -> Iterator[dict[str, Any]]:
+    for event in index_query.events(index, *kinds):
+        yield {
+            "time": rfc3339(event.time_ns),
+            "kind": records.TYPES[event.kind].__name__.lower(),
+            "session": session_name(event.session) if event.session else None,
+            "fields": event.fields,
+        }
+
+
+def _is_read(fields: dict[str, Any]) -> bool:
+    """Say whether a Start or Stop record is that of a command like this one."""
+    return fields.get("role") == "cli" or fields == {"reason": "read"}
+
+
+def _shown(value: Any) -> str:
+    return printable(value if isinstance(value, str) else plainjson.dumps(value))

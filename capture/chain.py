@@ -1,0 +1,177 @@
+"""The chain: the segment files that one writer fills, one after the other.
+
+`capture.committer` owns one and is the only one who calls it, from its thread. It knows nothing of
+chunks or of sessions. The next segment is made ready (preallocated) before it is needed, so that a
+rotation waits for nothing. On a full disk `fall_back` continues in the space held back.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from typing import TYPE_CHECKING
+
+from capture.errors import EvidenceError
+from capture.reserve import Reserve
+from capture.segfile import BLOCK, SegmentFile, SegmentHeader, boot_id, commit_total
+from capture.store import sync_directory
+
+if TYPE_CHECKING:
+    from capture.crypt import Keys
+    from capture.settings import WriterSettings
+    from capture.store import Store
+
+OVERHEAD_BYTES = 64 << 10
+SPARE_PIECE_BYTES = 128 << 10
+
+
+class Chain:
+    """Commits go to the current segment, or to a new one where it is full. All calls may raise
+    OSError.
+    """
+
+    def __init__(
+        self, store: Store, keys: Keys, stream: str, incarnation: int, settings: WriterSettings
+    ) -> None:
+        """Begin the first segment; what is held back for readers is used for it if need be and
+        allowed.
+        """
+        self._store, self._keys, self._stream = store, keys, stream
+        self._incarnation, self._settings = incarnation, settings
+        self._boot = boot_id()
+        self._reserve = Reserve(store.evidence / f"reserve.{stream}", settings.reserve_bytes)
+        self._spare = Reserve(store.evidence / "reserve.readers", settings.spare_bytes)
+        self._next: SegmentFile | None = None
+        self._named = False  #: a file got its name and the directory was not synced since
+        self._segment = self._make(0)
+        try:
+            self._activate(self._segment)
+            self._reserve.hold()
+        except BaseException:
+            self._segment.close()
+            self._segment.path.unlink(missing_ok=True)
+            raise
+        self._hold_spare()
+
+    def commit(self, plaintext: memoryview, base: int, staging: memoryview) -> tuple[int, int]:
+        """Store frames that begin at stream position `base`; return (generation, offset) of the
+        commit.
+        """
+        if self._segment.damaged or not self._segment.fits(len(plaintext)):
+            self._next = self._next or self._make(len(plaintext))
+            self._rotate(self._next, base, staging)
+        return self._segment.generation, self._segment.commit(plaintext, base, staging)
+
+    def fits(self, plain_bytes: int) -> bool:
+        """Say whether the current segment takes a commit of this size."""
+        return not self._segment.damaged and self._segment.fits(plain_bytes)
+
+    def sync(self) -> None:
+        """Make everything committed so far survive power loss.
+
+        EvidenceError when the disk lost it.
+        """
+        self._segment.sync()
+        if self._named:
+            sync_directory(self._store.segments)
+            self._named = False
+
+    def prepare(self) -> None:
+        """Make the next segment ready when the current one is half full and there is space."""
+        half = self._segment.used > self._segment.capacity // 2
+        size = self._settings.segment_bytes
+        if self._settings.ahead and self._next is None and half and self._free_bytes() > size:
+            self._next = self._create(size)
+
+    def fall_back(self, position: int, staging: memoryview) -> bool:
+        """Continue in the space that was held back; False when there is none. `position` is where
+        the stream stands.
+        """
+        if self._next is None:
+            if not self._reserve.give(self._settings.reserve_bytes):
+                return False
+            self._reserve.drop()
+            # The names of the new file and of what was freed take some of it.
+            self._next = self._create(self._settings.reserve_bytes - OVERHEAD_BYTES)
+        self._rotate(self._next, position, staging)
+        return True
+
+    def renew(self, position: int, staging: memoryview) -> None:
+        """Continue in a segment of full size, with space held back again."""
+        if self._free_bytes() < self._settings.segment_bytes + self._settings.reserve_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # without taking any for a try
+        self._reserve.hold()
+        self._hold_spare()
+        if self._next is None:
+            self._next = self._create(self._settings.segment_bytes)
+        self._rotate(self._next, position, staging)
+
+    def finish(self, position: int, staging: memoryview) -> None:
+        """End the last segment and give free what was held for the next ones."""
+        if self._segment.damaged:
+            self._segment.close()
+        else:
+            self._segment.finish(position, staging)
+        self._drop()
+
+    def leave(self) -> None:
+        """Close everything as it is; the next start completes it."""
+        self._segment.close()
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._next is not None:
+            self._next.close()
+            self._next.path.unlink(missing_ok=True)
+            self._next = None
+        self._reserve.drop()
+
+    def _rotate(self, following: SegmentFile, position: int, staging: memoryview) -> None:
+        # The new name first: an incarnation whose newest segment is final has ended.
+        self._activate(following)
+        self._next = None
+        old, self._segment = self._segment, following
+        if old.damaged:  # nothing can be added to it; what it holds stays good
+            old.sync()
+            old.close()
+        else:
+            old.finish(position, staging)
+
+    def _make(self, plain_bytes: int) -> SegmentFile:
+        """Return a new segment, or, for one who may, a small one in the space held back for
+        readers.
+        """
+        try:
+            return self._create(self._settings.segment_bytes)
+        except OSError:
+            size = max(SPARE_PIECE_BYTES, 2 * BLOCK + commit_total(plain_bytes))
+            if not (self._settings.spare and self._spare.give(size)):
+                raise
+            return self._create(size)
+
+    def _create(self, capacity: int) -> SegmentFile:
+        generation = self._store.next_generation()
+        header = SegmentHeader(
+            generation, self._incarnation, self._stream, time.time_ns(), capacity, self._boot,
+            self._keys.key_id,
+        )  # fmt: skip
+        return SegmentFile(self._store.unused(self._incarnation, generation), header, self._keys)
+
+    def _activate(self, segment: SegmentFile) -> None:
+        path = self._store.segment(segment.generation)
+        if path.exists():
+            raise EvidenceError(f"{path.name} exists already; it is not written over")
+        os.rename(segment.path, path)
+        segment.path = path
+        self._named = True
+
+    def _free_bytes(self) -> int:
+        disk = os.statvfs(self._store.segments)
+        return disk.f_frsize * (disk.f_bfree if os.geteuid() == 0 else disk.f_bavail)
+
+    def _hold_spare(self) -> None:
+        try:
+            self._spare.hold()
+        except OSError:
+            pass  # the disk is nearly full: readers have what is left

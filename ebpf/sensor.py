@@ -1,0 +1,324 @@
+"""The sensor: says who owns the sockets of this host, to the gates, until SIGTERM.
+
+`narrows sensor` runs it, as root, on every host whose processes are to be known. One thread waits
+on one epoll: the rings of the BPF programs (`ebpf.loader`), the files that are opened to be
+executed (`ebpf.opens`), the digests (`ebpf.hashing`, a thread of its own) and the gates
+(`ebpf.serving`).
+Nothing is polled: a host where nothing is executed or connected costs nothing.
+
+Order is what joins depend on. Whatever woke the loop, it first notes how far the connect ring has
+come, then the record ring, then takes all opens, the records and the connects up to there. So a
+record finds the open of its file, and a connect its record; the gate gets OWNER before CONNECT
+unless a digest is still being made.
+
+It dies without traces: everything in the kernel hangs on its descriptors. docs/sensor.md says what
+is hooked, what it costs, and where it may be wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import resource
+import secrets
+import select
+import signal
+import struct
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from ebpf import events, procfs
+from ebpf.census import Census
+from ebpf.cgroups import Cgroups
+from ebpf.events import Message, Record, Settings
+from ebpf.hashing import Hasher
+from ebpf.host import AlreadyRunning, Host, StartLock, this_host
+from ebpf.loader import LoadError, Programs, fitting
+from ebpf.opens import ExecOpens
+from ebpf.serving import QUEUE_BYTES, Server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from ipaddress import IPv4Network, IPv6Network
+    from pathlib import Path
+
+    from ebpf.owners import Owner
+
+log = logging.getLogger("narrows.sensor")
+
+FAILED, UNAVAILABLE = 1, 69
+BATCH = 32  # records that are taken before owners are sent on
+COUNT_S = 0.05  # how soon losses are looked for after something happened
+_CONNECT_HEAD = events.message(Message.CONNECT, bytes(events.CONNECT.size))[:5]
+_WHO = struct.Struct("<Q")
+_TGID = struct.Struct("<40xI")
+
+
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+_Part = TypeVar("_Part", bound=_Closable)
+
+
+@dataclass(frozen=True, slots=True)
+class SensorSettings:
+    """What one sensor watches and whom it serves."""
+
+    cgroup: Path  #: directory of the subtree whose processes are seen
+    socket: Path  #: where gates connect; its directory is made when it is missing, 0700
+    blob: Path | None = None  #: compiled programs; BCC makes them where none fits
+    prefixes: tuple[IPv4Network | IPv6Network, ...] = ()  #: towards which SYNs carry the option
+    covers: tuple[IPv4Network | IPv6Network, ...] = ()  #: client addresses it answers for
+    host: str = ""  #: name in owner records; "" is the host name
+    skipped: tuple[Path, ...] = ()  #: cgroups that are never noted
+    give_up: int = 1  #: SYN retry from which on the option is left away
+    queue_bytes: int = QUEUE_BYTES  #: what one slow gate may owe us
+    realtime: bool = True  #: go before ordinary processes: every new session waits for the sensor
+
+
+def run(settings: SensorSettings) -> int:
+    """Run until SIGTERM or SIGINT; return the exit code: 69 when this machine lacks something."""
+    _all_descriptors()
+    gc.set_threshold(100_000, 50, 1000)  # owners are many, and nothing here makes cycles
+    if settings.realtime:
+        _go_first()
+    try:
+        sensor = Sensor(settings)
+    except (LoadError, AlreadyRunning, OSError) as wrong:
+        log.error("the sensor cannot start: %s", wrong)  # noqa: TRY400 - the reason is the message
+        return UNAVAILABLE
+    try:
+        sensor.serve()
+    finally:
+        sensor.close()
+    return 0
+
+
+class Sensor:
+    """One running sensor; `close` detaches and forgets everything."""
+
+    def __init__(self, settings: SensorSettings) -> None:
+        """Load, attach, scan and listen. Raises LoadError, AlreadyRunning or OSError."""
+        self._closing = contextlib.ExitStack()
+        try:
+            self._start(settings)
+        except BaseException:
+            self._closing.close()
+            raise
+
+    def _start(self, settings: SensorSettings) -> None:
+        began = time.monotonic()
+        settings.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = self._own(StartLock(settings.socket.with_name("sensor.epoch")))
+        self._host = this_host(settings.host, lock.next_epoch())
+        self._key = secrets.token_bytes(16)
+        self._programs = self._own(Programs.load(fitting(settings.blob)))
+        self._records = self._own(self._programs.ring("record_ring"))
+        self._connects = self._own(self._programs.ring("connect_ring"))
+        mount = procfs.cgroup_mount()
+        self._cgroups = self._own(Cgroups(mount))
+        self._opens = _exec_opens()
+        if self._opens is not None:
+            self._own(self._opens)
+        self._hasher = self._own(Hasher())
+        base = events.base(self._host.number, self._host.epoch)
+        within = settings.cgroup.resolve().relative_to(mount.resolve())
+        self._census = Census(
+            self._programs, self._cgroups, self._opens, self._hasher, self._host.name, base,
+            f"/{within}" if within.parts else "/", self._publish,
+        )  # fmt: skip
+        self._batch = bytearray()
+        self._batched = 0
+        self._stopping = False
+        self._count_at = 0.0
+        self._poll = select.epoll()
+        self._closing.callback(self._poll.close)
+        self._configure(settings, base, len(within.parts))
+        self._programs.attach(settings.cgroup)
+        hello = events.message(Message.HELLO, _hello(self._host, self._key, settings))
+        self._server = Server(
+            settings.socket, self._poll, hello, self._asked, self._programs.skip_process,
+            settings.queue_bytes,
+        )  # fmt: skip
+        self._closing.callback(self._server.close)
+        found = self._census.scan()
+        self._watch()
+        log.info(
+            "watching %s, %d processes were there before; ready in %.0f ms",
+            settings.cgroup, found, 1000 * (time.monotonic() - began),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Detach, disconnect and stop."""
+        self._closing.close()
+
+    def stop(self, *_: object) -> None:
+        """End `serve` soon; may be called from a signal handler."""
+        self._stopping = True
+
+    def serve(self) -> None:
+        """Work until `stop`, SIGTERM or SIGINT."""
+        reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        handlers = [(number, signal.signal(number, self.stop)) for number in _ENDING]
+        self._poll.register(reading, select.EPOLLIN)
+        try:
+            while not self._stopping:
+                self.step()
+        finally:
+            for number, handler in handlers:
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(before)
+            self._poll.unregister(reading)
+            os.close(reading)
+            os.close(writing)
+
+    def step(self, longest_s: float = -1) -> None:
+        """Wait until something happens, `longest_s` at most (-1: for ever), and take it in."""
+        timeout = self._wait_s()
+        if longest_s >= 0:
+            timeout = longest_s if timeout < 0 else min(timeout, longest_s)
+        ready = self._poll.poll(timeout)
+        self._drain()
+        for fd, what in ready:
+            self._handle(fd, what)
+        self._census.expire(time.monotonic_ns())
+        self._flush()
+
+    # -- start -------------------------------------------------------------------------------------
+
+    def _own(self, part: _Part) -> _Part:
+        self._closing.callback(part.close)
+        return part
+
+    def _configure(self, settings: SensorSettings, base: int, level: int) -> None:
+        key0, key1 = struct.unpack("<QQ", self._key)
+        told = Settings(key0, key1, base, settings.cgroup.stat().st_ino, level, settings.give_up)
+        skipped = [path.stat().st_ino for path in settings.skipped]
+        self._programs.configure(told, settings.prefixes, skipped)
+
+    def _watch(self) -> None:
+        for fd in (self._records.fd, self._connects.fd, self._hasher.wakeup_fd):
+            self._poll.register(fd, select.EPOLLIN)
+        if self._opens is not None:
+            self._poll.register(self._opens.events_fd, select.EPOLLIN)
+            self._poll.register(self._opens.mounts_fd, select.EPOLLPRI)
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def _handle(self, fd: int, what: int) -> None:
+        if self._server.ready(fd, what):
+            return
+        if fd == self._hasher.wakeup_fd:
+            self._hasher.finished()
+        elif self._opens is not None and fd == self._opens.mounts_fd:
+            self._opens.mark_mounts()
+
+    def _drain(self) -> None:
+        """Take in everything that happened up to now, in the order that joins need."""
+        connects, records = self._connects.produced(), self._records.produced()
+        if self._opens is not None:
+            self._opens.drain()
+        taken = 0
+        while count := self._records.drain(self._record, until=records, most=BATCH):
+            taken += count
+            self._flush()
+        taken += self._connects.drain(self._connect, until=connects)
+        self._flush()
+        if taken and not self._count_at:
+            self._count_at = time.monotonic() + COUNT_S
+
+    def _flush(self) -> None:
+        if self._batch:
+            self._server.broadcast(self._batch, self._batched)
+            self._batch.clear()
+            self._batched = 0
+
+    def _record(self, event: memoryview) -> None:
+        self._census.take(Record.parse(event))
+
+    def _connect(self, event: memoryview) -> None:
+        (handle,) = _WHO.unpack_from(event)
+        if handle not in self._census.owners:
+            self._census.connected(handle, _TGID.unpack_from(event)[0])
+        self._batch += _CONNECT_HEAD
+        self._batch += event
+        self._batched += 1
+
+    def _publish(self, owner: Owner) -> None:
+        self._batch += events.message(Message.OWNER, owner.encoded())
+        self._batched += 1
+
+    def _asked(self, handle: int) -> Iterable[bytes]:
+        """Answer a question; nothing when OWNER comes by itself."""
+        self._drain()
+        owner = self._census.owner(handle)
+        if owner is not None:
+            return [events.message(Message.OWNER, owner.encoded())]
+        return [] if self._census.expected(handle) else [events.unknown(handle)]
+
+    def _wait_s(self) -> float:
+        """Do what is due; return how long nothing else is, -1 for ever."""
+        now = time.monotonic()
+        if self._count_at and self._count_at <= now:
+            self._count_at = 0.0
+            self._server.report(self._losses())
+        due = [self._count_at, self._census.due_ns / 1e9]
+        if self._opens is not None:
+            due.append(self._opens.expire() / 1e9)
+        nearest = min(filter(None, due), default=0.0)
+        return max(nearest - now, 0.0) if nearest else -1
+
+    def _losses(self) -> dict[str, int]:
+        counters = self._programs.lost()
+        counters["digests"] = self._hasher.refused
+        counters["opens"] = self._opens.overflows if self._opens is not None else 0
+        return counters
+
+
+def _hello(host: Host, key: bytes, settings: SensorSettings) -> bytes:
+    fields = {
+        "host_id": host.number,
+        "host": host.name,
+        "boot_id": host.boot,
+        "epoch": host.epoch,
+        "mac_keys": [key.hex()],
+        "covers": [str(network) for network in settings.covers],
+        "version": events.VERSION,
+    }
+    return json.dumps(fields).encode()
+
+
+def _exec_opens() -> ExecOpens | None:
+    """Return the opens; None where fanotify is not there, and the sensor does with less."""
+    try:
+        return ExecOpens()
+    except OSError as wrong:
+        log.warning("no fanotify (%s): digests only of processes that still run", wrong)
+        return None
+
+
+def _go_first() -> None:
+    """Run before ordinary processes, or at least with more weight; the hashing thread does not.
+
+    It cannot take a processor away for long: what it has to do was caused by an ordinary process
+    that took several times longer (docs/sensor.md, OVERHEAD).
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, -10)
+
+
+def _all_descriptors() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

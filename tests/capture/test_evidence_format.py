@@ -1,0 +1,127 @@
+"""docs/evidence-format.md describes what is really written."""
+
+import dataclasses
+import json
+import re
+import struct
+import typing
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from sealed_evidence import evidence, whole_session
+
+from capture import frames, leaves, records, segfile
+from capture.verify.leaf import FIELDS
+from ebpf.cgroup_names import CgroupName
+from ebpf.cgroups import Place
+from ebpf.owners import Owner
+
+PAGE = (Path(__file__).parents[2] / "docs" / "evidence-format.md").read_text(encoding="utf-8")
+LEAVES = typing.get_args(leaves.Leaf)
+
+
+def section(heading):
+    """Return the text below a heading, up to the next one."""
+    found = re.search(
+        rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", PAGE, re.MULTILINE | re.DOTALL
+    )
+    assert found, f"there is no section {heading}"
+    return found[1]
+
+
+def documented(heading):
+    """Return the names in the first column of a section's table."""
+    rows = re.findall(r"^\| (`[^|]*`) \| [^|]+ \| .*\S \|$", section(heading), re.MULTILINE)
+    return [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+
+
+@pytest.mark.parametrize("kind", records.KINDS, ids=lambda kind: kind.__name__)
+def test_every_record_is_documented_with_its_number_and_every_field(kind):
+    heading = f"{kind.__name__} ({records.KINDS[kind]})"
+    assert documented(heading) == [field.name for field in dataclasses.fields(kind)]
+
+
+@pytest.mark.parametrize("kind", LEAVES, ids=lambda kind: kind.__name__)
+def test_every_leaf_is_documented_with_every_field(kind):
+    fields = {field.name: field.default for field in dataclasses.fields(kind)}
+    names = [name for name in fields if name not in ("type", "v")]
+    assert documented(f"`{fields['type']}`") == names
+
+
+def test_no_record_or_leaf_is_documented_that_does_not_exist():
+    headings = set(re.findall(r"^### (\w+) \((\d+)\)$", PAGE, re.MULTILINE))
+    assert headings == {(kind.__name__, str(number)) for kind, number in records.KINDS.items()}
+    assert set(re.findall(r"^### `(\w+)`$", PAGE, re.MULTILINE)) == FIELDS.keys()
+
+
+def test_every_kind_of_frame_is_documented():
+    table = dict(re.findall(r"^\| (\d+) (\w+) \|", section("Frame"), re.MULTILINE))
+    assert table == {str(kind.value): kind.name for kind in frames.Kind}
+
+
+def test_the_owner_is_documented_as_the_sensor_sends_it():
+    place = Place(1, "/clients/backup", CgroupName())
+    owner = Owner(
+        handle=1, host="client", pid=2, started_ns=3, exe="/bin/a", argv=("a",), argv_cut=False,
+        uid=0, gid=0, comm="a", place=place, parents=(), how="proc",
+    )  # fmt: skip
+    assert set(documented("Owner")) == json.loads(owner.encoded()).keys()
+
+
+def sizes(heading):
+    """Return {field: (offset, size)} of a byte table."""
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| ([^|:(\\]+)", section(heading), re.MULTILINE)
+    return {name.strip(): (int(offset), int(size)) for offset, size, name in rows}
+
+
+@pytest.fixture(scope="module")
+def written():
+    with evidence() as place:
+        writer = place.writer()
+        whole_session(writer)
+        writer.close()
+        (generation,) = place.store.generations()
+        yield generation, place.store.segment(generation).read_bytes()
+
+
+def test_the_header_block_lies_as_documented(written):
+    generation, content = written
+    table = sizes("Header block")
+
+    def of(name):
+        offset, size = next(where for what, where in table.items() if what.startswith(name))
+        return content[offset : offset + size]
+
+    assert of("`NARSEG01`") == b"NARSEG01"
+    assert of("version") == struct.pack("<I", 1)
+    assert of("generation") == struct.pack("<I", generation)
+    assert of("stream").rstrip(b"\0") == b"gate-0"
+    assert of("SHA-256 of bytes 0 to 167") == sha256(content[:168]).digest()
+    assert not any(of("zeros"))
+    ends = [offset + size for offset, size in table.values()]
+    assert [offset for offset, _ in table.values()] == [0, *ends[:-1]]  # without holes
+    assert ends[-1] == segfile.BLOCK
+
+
+def test_a_commit_lies_as_documented(written):
+    generation, content = written
+    table = sizes("Commit")
+    first = content[segfile.BLOCK :]
+    assert first[:4] == b"NCMT"
+
+    def number(name, at=first):
+        offset, size = next(where for what, where in table.items() if what.startswith(name))
+        return int.from_bytes(at[offset : offset + size], "little")
+
+    plain, total = number("length of the plaintext"), number("length of the block range")
+    assert number("generation") == generation
+    assert number("number") == number("stream position") == number("GCM tag of the commit") == 0
+    assert total == -(-(64 + plain + 16) // 4096) * 4096
+    assert not any(first[64 + plain + 16 : total])
+    second = first[total:]
+    assert number("GCM tag of the commit", second) == int.from_bytes(
+        first[64 + plain : 80 + plain], "little"
+    )
+    assert number("stream position", second) == plain
+    assert sum(size for _, size in table.values()) == segfile.COMMIT_BYTES
