@@ -52,7 +52,7 @@ _BEGINS = re.compile(
     rb"|MKCOL|PROPFIND|PROPPATCH|REPORT|SEARCH) (?:/|https?://)",
 )
 _VERSION = re.compile(rb"[\r\n]*[!-~]+[ \t].*\bHTTP/[0-9]", re.IGNORECASE)
-_HTTP2 = b"PRI * HTTP/2.0"
+_HTTP2 = b"PRI * HTTP/2"
 _MAY_BEGIN = re.compile(rb"(?:\r(?:\n)?)?(?:[A-Za-z_-]{1,32}(?:[ \t][\t\x20-\x7e\x80-\xff]*)?\r?)?")
 
 
@@ -91,6 +91,7 @@ class HTTP1:
         waits = self._requests.state >= httprequests.State.ASKED
         far = len(exchanges.pending) >= MOST_PENDING
         self.reading = ONLY_UPSTREAM if waits or far else BOTH
+        exchanges.out = []  # an idle session keeps nothing of what it did last
         return out
 
     def _go_on(self, out: list[Effect]) -> None:

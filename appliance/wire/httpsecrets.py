@@ -5,9 +5,9 @@ and for bytes that are no head at all. A span is (start, end, kind) and counts f
 the bytes that were given; spans do not overlap and stand in order.
 
 Always secret: the headers and parameters named below. The configuration adds to both ([http]). A
-header's value is secret from its first byte to its last. A parameter is one in a URL, wherever in the head a URL
-stands (Referer, Location, X-Original-URL) and however often it is percent-encoded; so is what
-stands before the @ of an authority. Bodies are not looked at.
+header's value is secret from its first byte to its last. A parameter is one in a URL, wherever in
+the head a URL stands (Referer, Location, X-Original-URL) and however often it is percent-encoded;
+so is what stands before the @ of an authority. Bodies are not looked at.
 """
 
 from __future__ import annotations
