@@ -47,7 +47,7 @@ class Chunks:
         self._fields = fields
         self._size = _REQUEST_SIZE if request else _RESPONSE_SIZE
         self.part = Part.SIZE
-        self.at = 0  #: position in the last buffer up to which it was decided
+        self.at = 0  #: where the part that `walk` broke off in, or raised at, begins
         self.left = 0  #: data bytes of the chunk that are still to come
         self.data_bytes = 0  #: data bytes of all chunks so far
         self.spans: list[Span] = []  #: secrets in the trailers, as positions in the last buffer
@@ -69,7 +69,7 @@ class Chunks:
                 if self.left:
                     taken = min(self.left, end - at)
                     self.skip(taken)
-                    at += taken
+                    self.at = at = at + taken
                 if not self.left:
                     at = self._end_of_data(buffer, at)
             elif self.part is Part.SIZE:

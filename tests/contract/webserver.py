@@ -30,7 +30,8 @@ http {{
   fastcgi_temp_path {folder}/1; uwsgi_temp_path {folder}/2; scgi_temp_path {folder}/3;
   log_format asked '$request|$status|$body_bytes_sent|$request_length|$bytes_sent';
   server {{
-    listen 127.0.0.1:{port}; listen 127.0.0.1:{h2_port} http2; root {folder}/www; client_max_body_size 64m;
+    listen 127.0.0.1:{port}; listen 127.0.0.1:{h2_port} http2; root {folder}/www;
+    client_max_body_size 64m;
     access_log {folder}/asked asked;
     keepalive_requests 100000;
     location / {{ add_header Set-Cookie "sid={session}; Path=/; HttpOnly"; }}
