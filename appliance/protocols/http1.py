@@ -135,7 +135,7 @@ class HTTP1:
             self._requests.stop("refused")
             self._responses.stop("refused")
             first = exchanges.pending[0] if exchanges.pending else None
-            exchanges.refuse(first, 503, message)
+            exchanges.answer(first, 503, message)
         return out
 
     def held(self, side: Side) -> bytes:

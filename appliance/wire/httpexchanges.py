@@ -47,7 +47,7 @@ class Exchange:
         self.bytes = 0  #: of all that answers it
         self.body_bytes = 0  #: of the final response's body, without chunk sizes
         self.done = False  #: its Result is written
-        self.refusal: tuple[int, str] | None = None  #: what the gate will answer, and why
+        self.refusal: tuple[int, str] | None = None  #: what the gate will answer
 
 
 class Exchanges:
@@ -128,10 +128,15 @@ class Exchanges:
 
     def refuse(self, exchange: Exchange | None, status: int, reason: str) -> None:
         """Answer `exchange` with an error of the gate when its turn comes, else end the session."""
+        reference = session_name(self._facts.session)
+        self.answer(exchange, status, f"{reason} (reference {reference})")
+
+    def answer(self, exchange: Exchange | None, status: int, message: str) -> None:
+        """As `refuse`, with a message that has its reference."""
         if exchange is None or exchange.done or exchange.begun:
-            self.close(reason)
+            self.close(message)
         else:
-            exchange.refusal = (status, reason)
+            exchange.refusal = (status, message)
             self.settle()
 
     def settle(self) -> None:
@@ -142,9 +147,7 @@ class Exchanges:
         exchange.done = True
         assert exchange.refusal is not None
         status, message = exchange.refusal
-        reference = session_name(self._facts.session)
-        shown = message if reference in message else f"{message} (reference {reference})"
-        response = answer(status, shown, exchange.verb)
+        response = answer(status, message, exchange.verb)
         exchange.tag = tag(status)
         exchange.bytes = len(response)
         self.out.append(Forward(CLIENT, response, Origin.SYNTHESISED))

@@ -65,8 +65,11 @@ def test_a_secret_header_without_a_value_hides_nothing():
 def test_lines_that_are_not_whole_are_hidden_as_far_as_they_go():
     lines = b"Host: a\r\nCookie: a=b\r\nReferer: http://h/?token=x\r\nAuthorization: Bea"
     assert shown(lines, SECRETS.in_lines(lines)).split("\r\n") == [
-        "Host: a", "Cookie: [hidden]", "Referer: http://h/?token=[hidden]", "Authorization: [hidden]",
-    ]  # fmt: skip
+        "Host: a",
+        "Cookie: [hidden]",
+        "Referer: http://h/?token=[hidden]",
+        "Authorization: [hidden]",
+    ]
 
 
 def test_what_is_hidden_of_lines_does_not_depend_on_where_they_were_cut():
