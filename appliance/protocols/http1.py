@@ -90,7 +90,7 @@ class HTTP1:
                 self._late(event.timer)
         waits = self._requests.state >= httprequests.State.ASKED
         far = len(exchanges.pending) >= MOST_PENDING
-        self.reading = ONLY_UPSTREAM if waits or far else BOTH
+        self.reading = NEITHER if exchanges.over else ONLY_UPSTREAM if waits or far else BOTH
         exchanges.out = []  # an idle session keeps nothing of what it did last
         return out
 

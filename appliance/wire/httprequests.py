@@ -143,8 +143,9 @@ class Requests:
                     self._wait(buffer, at)
                     break
         except Malformed as wrong:
-            if self._chunks is not None:
+            if self._chunks is not None and self._exchange is not None:
                 at = self._chunks.at
+                self._exchange.request_bytes = self._chunks.data_bytes
             self._refuse(buffer, at, wrong)
             return
         except Exception:

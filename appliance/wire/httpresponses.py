@@ -123,7 +123,8 @@ class Responses:
 
     def _walk(self, buffer: bytes) -> None:
         inlet, out = self.inlet, self._exchanges.out
-        at, end = 0, len(buffer)
+        at = before = 0
+        end = len(buffer)
         try:
             while at < end:
                 before = at
@@ -134,6 +135,8 @@ class Responses:
         except Malformed as wrong:
             if self._chunks is not None:
                 at = self._chunks.at
+                self._exchanges.pending[0].bytes += at - before
+                self._exchanges.pending[0].body_bytes = self._chunks.data_bytes
             self._refuse(buffer, at, wrong)
             return
         except Exception:
