@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 MOST_SIZE_LINE_BYTES = 1_024
 MOST_TRAILER_BYTES = 16 * 1024
 
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_EXTENSIONS = rb"(?:;" + _TOKEN + rb"(?:=(?:" + _TOKEN + rb'|"[\t !#-\[\]-~\x80-\xff]*"))?)*'
 #: Size and extensions. Some servers write spaces after the size; a request must not.
-_REQUEST_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]*)?")
-_RESPONSE_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15}) *(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_REQUEST_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})" + _EXTENSIONS)
+_RESPONSE_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15}) *" + _EXTENSIONS)
 
 
 class Part(IntEnum):

@@ -120,6 +120,10 @@ class _Answers(socketserver.StreamRequestHandler):
         self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\nuntil the end")
         return True
 
+    def do_silent(self, _head):
+        self.request.recv(1)
+        return True
+
     def do_socket(self, head):
         """A WebSocket that says everything back, in frames that nobody here looks into."""
         assert b"Sec-WebSocket-Key" in head
@@ -143,7 +147,7 @@ class _Answers(socketserver.StreamRequestHandler):
 
 @contextlib.contextmanager
 def answers():
-    """Yield the port of a server that answers /trailers, /hints, /endless, /socket and CONNECT."""
+    """Yield the port of a server that answers every `do_` of `_Answers`."""
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Answers) as server:
         server.daemon_threads = True
         server.block_on_close = False

@@ -138,8 +138,9 @@ def test_what_is_passed_on_of_mutated_requests_is_read_alike(data):
     seen = Seen(passed, requests=True)
     methods = [operation.verb for operation in allowed]
     known = [start for start, *_ in seen.messages]
-    if seen.refused:  # llhttp knows some methods only, and targets of ASCII
-        assert isinstance(seen.refused, STRICTER), seen.refused
+    if seen.refused:  # llhttp knows some methods only, targets of ASCII, and nothing after a close
+        late = "Data after `Connection: close`" in str(seen.refused)
+        assert late or isinstance(seen.refused, STRICTER), seen.refused
         assert methods[: len(known)] == known
         return
     assert known == methods
