@@ -8,7 +8,6 @@ the session.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from appliance.sansio import CLIENT, UPSTREAM, Audit, Close, Effect, Forward, Origin
@@ -59,7 +58,7 @@ class Exchanges:
         self._facts = facts
         self._last = 0
         self._credentials: dict[str, bytes] = {}
-        self.pending: deque[Exchange] = deque()
+        self.pending: list[Exchange] = []
         self.out: list[Effect] = []
         self.now = 0  #: time of the event at hand, ns
         self.over = False  #: the session is being closed: nothing is decoded any more
@@ -143,7 +142,7 @@ class Exchanges:
         """Give the answer that is the gate's, if its turn has come, and end the session."""
         if self.over or not self.pending or self.pending[0].refusal is None:
             return
-        exchange = self.pending.popleft()
+        exchange = self.pending.pop(0)
         exchange.done = True
         assert exchange.refusal is not None
         status, message = exchange.refusal

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 from appliance.wire.httpsecrets import Secrets, may_hold_parameters, redact, scheme
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from appliance.wire.httpsecrets import Span
 
 CHUNKED = -1  #: "length" of a body that comes in chunks
@@ -36,6 +38,7 @@ _TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQR
 _LINE_BYTES = bytes(byte for byte in range(256) if byte == 9 or (byte >= 32 and byte != 127))
 _NOT_A_LETTER = re.compile(rb"[^a-z]")
 _FRAMING = {b"content-length": b"Content-Length", b"transfer-encoding": b"Transfer-Encoding"}
+_USUAL_CONNECTIONS = frozenset({b"keep-alive", b"Keep-Alive", b"close", b"Upgrade", b"upgrade"})
 _MOST_NAMES = 2_048
 _MOST_NAME_BYTES = 64
 
@@ -68,22 +71,18 @@ class Fields:
     """What the field lines of one head say."""
 
     __slots__ = (
-        "chunked", "close", "coding", "credentials", "facts", "host", "keep", "length", "padded",
-        "spans", "upgrade",
+        "coding", "credentials", "facts", "host", "length", "padded", "spans", "upgrade",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.length = -1  #: Content-Length, -1 when there is none
         self.padded = False  #: it begins with a zero that it does not need
-        self.coding = b""  #: Transfer-Encoding, lower case
-        self.chunked = False  #: its last coding is chunked
-        self.close = False
-        self.keep = False  #: Connection: keep-alive
+        self.coding = b""  #: Transfer-Encoding, lower case; it ends in "chunked"
         self.host: str | None = None  #: lower case
         self.upgrade = ""
         self.facts: dict[str, str] = {}
-        self.credentials: list[tuple[str, str, bytes]] = []  #: (header, scheme, secret)
-        self.spans: list[Span] = []  #: secrets, from the first field line on
+        self.credentials: tuple[tuple[str, str, bytes], ...] = ()  #: (header, scheme, secret)
+        self.spans: Sequence[Span] = ()  #: secrets, from the first field line on
 
 
 class FieldReader:
@@ -102,7 +101,7 @@ class FieldReader:
         if len(lines) > MOST_FIELDS + 1:
             raise Malformed("too many header fields", 431)
         fields = Fields()
-        fields.spans = spans = self.secrets.in_text(block) if may_hold_parameters(block) else []
+        spans = self.secrets.in_text(block) if may_hold_parameters(block) else None
         facts, names = fields.facts, self._names
         lines.pop()
         for line in lines:
@@ -119,13 +118,16 @@ class FieldReader:
                 facts[key] = f"{facts[key]}, {text}"[:MOST_FACT_CHARS] if key in facts else text
             elif role == _SECRET:
                 shown = scheme(value)
-                fields.credentials.append((key, shown.decode().strip(), value[len(shown) :]))
+                credential = (key, shown.decode().strip(), value[len(shown) :])
+                fields.credentials = (*fields.credentials, credential)
             else:
                 _READERS[role](fields, value)
         if fields.coding and fields.length >= 0:
             raise Malformed("both Content-Length and Transfer-Encoding")
         if fields.credentials:
-            fields.spans = self.secrets.in_lines(block[:-2])
+            spans = self.secrets.in_lines(block[:-2])
+        if spans:
+            fields.spans = spans
         return fields
 
     def check(self, line: bytes) -> None:
@@ -197,17 +199,14 @@ def _read_coding(fields: Fields, value: bytes) -> None:
     codings = [coding.strip(b" \t") for coding in fields.coding.split(b",")]
     if codings[-1] != b"chunked" or codings.count(b"chunked") > 1:
         raise Malformed("a Transfer-Encoding that does not end in chunked")
-    fields.chunked = True
 
 
-def _read_connection(fields: Fields, value: bytes) -> None:
+def _read_connection(_fields: Fields, value: bytes) -> None:
+    if value in _USUAL_CONNECTIONS:
+        return
     for option in value.lower().split(b","):
         word = option.strip(b" \t")
-        if word == b"close":
-            fields.close = True
-        elif word == b"keep-alive":
-            fields.keep = True
-        elif word in _FRAMING or word == b"host":
+        if word in _FRAMING or word == b"host":
             raise Malformed(f"Connection names {word.decode()}")
 
 

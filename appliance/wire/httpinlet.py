@@ -14,6 +14,8 @@ from appliance.wire.httpsecrets import clip
 from capture.records import Withheld
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from appliance.wire.httpsecrets import Span
 
 MOST_HEAD_BYTES = 64 * 1024
@@ -56,7 +58,7 @@ class Inlet:
         self._fresh = len(self.kept)
         return self.kept
 
-    def hide(self, spans: list[Span], start: int, out: list[Effect]) -> None:
+    def hide(self, spans: Sequence[Span], start: int, out: list[Effect]) -> None:
         """Hide `spans`, which count from position `start` of the buffer, as far as they are new."""
         base = self.at + start
         for begin, end, kind in clip(spans, self._fresh - start):

@@ -244,7 +244,7 @@ class Responses:
 
     def _over(self, exchange: Exchange) -> None:
         """The answer is whole."""
-        self._exchanges.pending.popleft()
+        self._exchanges.pending.pop(0)
         exchange.done = True
         status = "ok" if exchange.status < 400 else "error"
         self._ended.append(self._exchanges.result(exchange, status))

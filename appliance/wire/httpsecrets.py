@@ -13,7 +13,11 @@ so is what stands before the @ of an authority. Bodies are not looked at.
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 #: Lower case.
 HEADERS = frozenset({
@@ -74,7 +78,7 @@ def may_hold_parameters(text: bytes) -> bool:
     return b"=" in text or b"%" in text or b"@" in text
 
 
-def redact(text: bytes, spans: list[Span]) -> bytes:
+def redact(text: bytes, spans: Sequence[Span]) -> bytes:
     """Return `text` with a mark in the place of each span."""
     pieces = []
     at = 0
@@ -84,7 +88,7 @@ def redact(text: bytes, spans: list[Span]) -> bytes:
     return b"".join([*pieces, text[at:]])
 
 
-def clip(spans: list[Span], start: int) -> list[Span]:
+def clip(spans: Sequence[Span], start: int) -> list[Span]:
     """Return what of `spans` lies at or after `start`."""
     return [(max(span[0], start), span[1], span[2]) for span in spans if span[1] > start]
 
