@@ -7,6 +7,7 @@ rotation waits for nothing. On a full disk `fall_back` continues in the space he
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING
 from capture.errors import EvidenceError
 from capture.reserve import Reserve
 from capture.segfile import BLOCK, SegmentFile, SegmentHeader, boot_id, commit_total
-from capture.store import sync_directory
 
 if TYPE_CHECKING:
     from capture.crypt import Keys
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 OVERHEAD_BYTES = 64 << 10
 SPARE_PIECE_BYTES = 128 << 10
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
 class Chain:
@@ -44,7 +45,18 @@ class Chain:
         self._spare = Reserve(store.evidence / "reserve.readers", settings.spare_bytes)
         self._next: SegmentFile | None = None
         self._named = False  #: a file got its name and the directory was not synced since
-        self._segment = self._make(0)
+        self._folder = os.open(store.segments, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._kept = -1  #: a descriptor for the next segment, when others have taken all
+        try:
+            self._segment = self._make(0)
+            self._begin()
+        except BaseException:
+            os.close(self._folder)
+            raise
+        self._hold_spare()
+        self._keep_descriptor()
+
+    def _begin(self) -> None:
         try:
             self._activate(self._segment)
             self._reserve.hold()
@@ -52,7 +64,6 @@ class Chain:
             self._segment.close()
             self._segment.path.unlink(missing_ok=True)
             raise
-        self._hold_spare()
 
     def commit(self, plaintext: memoryview, base: int, staging: memoryview) -> tuple[int, int]:
         """Store frames that begin at stream position `base`; return (generation, offset) of the
@@ -74,7 +85,7 @@ class Chain:
         """
         self._segment.sync()
         if self._named:
-            sync_directory(self._store.segments)
+            os.fsync(self._folder)
             self._named = False
 
     def prepare(self) -> None:
@@ -126,6 +137,8 @@ class Chain:
             self._next.path.unlink(missing_ok=True)
             self._next = None
         self._reserve.drop()
+        os.close(self._folder)
+        self._lend_descriptor()
 
     def _rotate(self, following: SegmentFile, position: int, staging: memoryview) -> None:
         # The new name first: an incarnation whose newest segment is final has ended.
@@ -137,6 +150,7 @@ class Chain:
             old.close()
         else:
             old.finish(position, staging)
+        self._keep_descriptor()
 
     def _make(self, plain_bytes: int) -> SegmentFile:
         """Return a new segment, or, for one who may, a small one in the space held back for
@@ -151,6 +165,26 @@ class Chain:
             return self._create(size)
 
     def _create(self, capacity: int) -> SegmentFile:
+        try:
+            return self._new_file(capacity)
+        except OSError as wrong:
+            if wrong.errno not in _NO_DESCRIPTORS or not self._lend_descriptor():
+                raise
+            return self._new_file(capacity)
+
+    def _lend_descriptor(self) -> bool:
+        if self._kept < 0:
+            return False
+        os.close(self._kept)
+        self._kept = -1
+        return True
+
+    def _keep_descriptor(self) -> None:
+        if self._kept < 0:
+            with contextlib.suppress(OSError):
+                self._kept = os.dup(self._folder)
+
+    def _new_file(self, capacity: int) -> SegmentFile:
         generation = self._store.next_generation()
         header = SegmentHeader(
             generation, self._incarnation, self._stream, time.time_ns(), capacity, self._boot,

@@ -117,6 +117,12 @@ class Index:
             self._inode = self.path.stat().st_ino
         return not same
 
+    def throw_away(self) -> None:
+        """Remove a damaged index; `follow_path` then opens a fresh one. Nothing is lost by it."""
+        if self.path is not None:
+            log.warning("the index is damaged and thrown away; it is filled anew")
+            discard(self.path)
+
     def cursors(self) -> dict[int, Cursor]:
         """Return the next commit to read of each segment; ENDED where nothing more comes."""
         rows = self.db.execute("SELECT generation, number, offset, done FROM segment")
@@ -126,9 +132,9 @@ class Index:
         }
 
 
-def is_damage(wrong: sqlite3.Error) -> bool:
+def is_damage(wrong: Exception) -> bool:
     """Say whether SQLite reports that the file is not what it was."""
-    return wrong.sqlite_errorcode & 0xFF in _DAMAGED
+    return getattr(wrong, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
 
 
 def discard(path: Path) -> None:
@@ -197,12 +203,22 @@ class Indexer:
         self._index = index
         self._batch: list[Delta] = []
         self._rows = 0
-        self._cursors = index.cursors()
+        self._cursors = self._first_cursors()
         self._retry_at = self._look_at = 0.0
         self.failed = ""  #: why the index could not be written, or empty
         #: a commit was left out: `capture.index_fill.fill` brings the index up to date, and then
         #: this indexer goes on by itself
         self.behind = False
+
+    def _first_cursors(self) -> dict[int, Cursor]:
+        try:
+            return self._index.cursors()
+        except sqlite3.DatabaseError as wrong:
+            if not is_damage(wrong):
+                raise
+            self._index.throw_away()
+            self._index.follow_path()
+            return self._index.cursors()
 
     def cursor(self, generation: int) -> Cursor:
         """Return the next commit that `take` wants of a segment."""
@@ -237,6 +253,8 @@ class Indexer:
             if not self.failed:
                 log.warning("the index cannot be written: %s", wrong)
             self.failed = str(wrong)
+            if is_damage(wrong):
+                self._index.throw_away()
             self._retry_at = time.monotonic() + RETRY_S
             if self._rows > MOST_ROWS:
                 self._drop()

@@ -33,24 +33,38 @@ class Busy(EvidenceError):
 
 
 def fill(index: Index, store: Store, keys: Keys) -> None:
-    """Read every commit that is on disk now and not in the index; IndexUnusable when it fails."""
-    index.follow_path()
-    index.db.execute(f"PRAGMA busy_timeout = {PATIENCE_MS}")
+    """Read every commit that is on disk now and not in the index; IndexUnusable when it fails.
+
+    An index that turns out to be damaged is thrown away and filled from the beginning.
+    """
     for _ in range(3):  # another process may make the index anew meanwhile
-        indexer = Indexer(index)
-        follower = Follower(store, keys, indexer.cursor)
+        index.follow_path()
         try:
-            while found := follower.step():
-                for followed in found:
-                    indexer.take(followed)
-        finally:
-            follower.close()
-        indexer.flush()
-        if indexer.failed:
-            raise IndexUnusable(f"the index cannot be brought up to date: {indexer.failed}")
-        if not indexer.behind:
+            indexer = _feed(index, store, keys)
+        except sqlite3.DatabaseError as wrong:
+            if not is_damage(wrong) or index.path is None:
+                raise IndexUnusable(f"the index cannot be read: {wrong}") from wrong
+            index.throw_away()
+            continue
+        if not indexer.failed and not indexer.behind:
             return
+        if indexer.failed and (index.path is None or index.path.exists()):
+            raise IndexUnusable(f"the index cannot be brought up to date: {indexer.failed}")
     raise IndexUnusable("the index cannot be brought up to date while it is made anew")
+
+
+def _feed(index: Index, store: Store, keys: Keys) -> Indexer:
+    index.db.execute(f"PRAGMA busy_timeout = {PATIENCE_MS}")
+    indexer = Indexer(index)
+    follower = Follower(store, keys, indexer.cursor)
+    try:
+        while found := follower.step():
+            for followed in found:
+                indexer.take(followed)
+    finally:
+        follower.close()
+    indexer.flush()
+    return indexer
 
 
 def current(store: Store, keys: Keys) -> Index:

@@ -13,4 +13,4 @@ from typing import Any
 
 def dumps(value: Any) -> str:
     """Return `value` as one line of JSON."""
-    return json.dumps(value, separators=(",", ":")).replace("\x7f", "\\u007f")
+    return json.dumps(value, separators=(",", ":"))

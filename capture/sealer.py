@@ -103,7 +103,7 @@ class Sealer:
             self._read(followed)
         after = Cursor(commit.number + 1, commit.offset + commit.total_bytes)
         self._state.advance(generation, after, final=commit.final)
-        if after == sealed:
+        if sealed is not None and after.number >= sealed.number:
             del self._sealed[generation]
 
     def damaged(self, damage: Damage) -> None:
@@ -151,7 +151,8 @@ class Sealer:
         checkpoint = self._ledger.append(self._unsigned)
         self._unsigned = []
         if not self._sealed and time.monotonic() - self._saved_at >= SAVE_S:
-            self._save()
+            with contextlib.suppress(OSError):  # it saves time only; the next one will do
+                self._save()
         return checkpoint
 
     def caught_up(self) -> None:

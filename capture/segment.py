@@ -38,7 +38,6 @@ VERSION = "0.1.0"
 LEAST_ROOM = 4096
 MOST_FRAME_BYTES = 256 << 10
 CHUNK_WAIT_S = 5.0
-_PAD = bytes(8)
 
 
 class SegmentWriter:
@@ -189,8 +188,8 @@ class SegmentWriter:
         end = fill + HEADER_BYTES + ((length + 7) & ~7)
         words = chunk.words
         at = fill >> 3
-        if length & 7:
-            chunk.view[fill + HEADER_BYTES + length : end] = _PAD[: -length & 7]
+        if length & 7:  # what stands in the last word after the payload becomes zero
+            words[(end >> 3) - 1] &= (1 << ((length & 7) << 3)) - 1
         words[end >> 3] = 0
         words[at + 1] = session
         words[at + 2] = time_ns

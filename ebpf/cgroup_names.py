@@ -59,10 +59,10 @@ def classify(path: str) -> CgroupName:
 
 
 def _runtime(path: str) -> str:
-    """Return who runs the container that `path` ends with."""
+    """Return who runs the container that `path` ends with; "" where the path does not say."""
     at = path.rfind("/")
     named: list[str] = _RUNTIME.findall(path[at:]) or _RUNTIME.findall(path)
-    return _NAMES.get(named[-1], named[-1]) if named else "containerd"
+    return _NAMES.get(named[-1], named[-1]) if named else ""
 
 
 def _machine(found: re.Match[str]) -> tuple[str, str]:

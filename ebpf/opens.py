@@ -20,9 +20,14 @@ import errno
 import os
 import struct
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ebpf import procfs, syscalls
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ebpf.hashing import FileKey
 
 #: How long an open waits for its exec record. A descriptor keeps its file system busy.
 KEEP_NS: Final = 100_000_000
@@ -36,6 +41,13 @@ _LEFT_OUT: Final = frozenset({
     "securityfs", "selinuxfs", "sysfs", "tracefs", "nfs", "nfs4", "cifs", "smb3", "ceph", "9p",
     "afs", "fuse.sshfs",
 })  # fmt: skip
+
+
+class Opened(NamedTuple):
+    """An open file; `fd` is the caller's."""
+
+    fd: int
+    key: FileKey
 
 
 class ExecOpens:
@@ -82,14 +94,28 @@ class ExecOpens:
                 self._give_up_oldest()
                 continue
             self._take(data)
+            if len(data) + _EVENT.size <= _READ_BYTES:
+                return  # there was room for more
 
-    def take(self, pid: int) -> list[int]:
-        """Return the descriptors of what a process opened to execute, oldest first; they are the
-        caller's.
+    def take(self, pid: int, checked: Callable[[int], FileKey | None]) -> Opened | None:
+        """Return the first file that a process opened to execute and that `checked` knows.
+
+        What was opened before it is closed. What was opened after it stays: it may belong to the
+        next exec of the same process.
         """
-        _, taken = self._opens.pop(pid, (0, []))
-        self._count -= len(taken)
-        return taken
+        first, waiting = self._opens.get(pid, (0, []))
+        found = None
+        while waiting and found is None:
+            fd = waiting.pop(0)
+            self._count -= 1
+            key = checked(fd)
+            if key is None:
+                os.close(fd)
+            else:
+                found = Opened(fd, key)
+        if first and not waiting:
+            del self._opens[pid]
+        return found
 
     def expire(self) -> int:
         """Close what waits for too long; return when to call again (monotonic ns), 0: no need."""
@@ -109,7 +135,9 @@ class ExecOpens:
         os.close(self.mounts_fd)
 
     def _give_up_oldest(self) -> None:
-        for fd in self.take(next(iter(self._opens))):
+        _, given_up = self._opens.pop(next(iter(self._opens)))
+        self._count -= len(given_up)
+        for fd in given_up:
             os.close(fd)
 
     def _take(self, data: bytes) -> None:

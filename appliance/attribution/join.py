@@ -86,6 +86,7 @@ class Attributor:
         self._by_key: dict[bytes, set[_Waiting]] = {}
         self._unjudged: set[_Waiting] = set()
         self._answers: dict[tuple[int, str], tuple[dict[str, Any], Attributed]] = {}
+        self._by_address: dict[str, Attributed] = {}
         self._covered: dict[str, bool] = {}
         self._covers: Any = None
         self._day = 0
@@ -298,11 +299,18 @@ class Attributor:
         return found, self._alarms(found, client, target)
 
     def _by_network(self, client: Endpoint, target: Endpoint) -> Answer:
-        match = self._register.match(None, client[0], self._date())
-        if match.account is not None:
-            return Attributed(match.account, match.assurance, "network"), []
-        reason = "no-sensor" if match.reason == "no-account" else match.reason
-        found = Attributed(None, "none", "none", reason, match.candidates)
+        today = self._date()
+        found = self._by_address.get(client[0])
+        if found is None:
+            match = self._register.match(None, client[0], today)
+            if match.account is not None:
+                found = Attributed(match.account, match.assurance, "network")
+            else:
+                reason = "no-sensor" if match.reason == "no-account" else match.reason
+                found = Attributed(None, "none", "none", reason, match.candidates)
+            if len(self._by_address) >= _MOST_CACHED:
+                self._by_address.clear()
+            self._by_address[client[0]] = found
         return found, self._alarms(found, client, target)
 
     def _refused(
@@ -334,6 +342,7 @@ class Attributor:
             self._day = day
             self._today = dt.datetime.fromtimestamp(day * _DAY_S, dt.UTC).date()
             self._answers.clear()  # an account may have expired
+            self._by_address.clear()
         return self._today
 
 

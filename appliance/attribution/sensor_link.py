@@ -155,12 +155,13 @@ class SensorLink:
         try:
             sock.connect(str(self._path))
             credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-            uid = _PEER.unpack(credentials)[1]
-            if uid not in {0, os.geteuid()}:
-                raise PermissionError(f"the sensor's socket belongs to uid {uid}")
         except BaseException:
             sock.close()
             raise
+        uid = _PEER.unpack(credentials)[1]
+        if uid not in {0, os.geteuid()}:
+            sock.close()
+            raise PermissionError(f"the sensor's socket belongs to uid {uid}")
         return sock
 
     def _disconnect(self) -> None:
@@ -171,6 +172,8 @@ class SensorLink:
         if self.connected:
             self.connected = False
             self._away_since = time.monotonic()
+            # Nobody tells what connects from now on, and an older event would stand for it.
+            self._table.forget_connects()
 
     def _drop(self, why: str) -> None:
         log.warning("the sensor is gone: %s", why)

@@ -10,6 +10,7 @@ is filled instead.
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from capture import index_query, plainjson
 from capture.access import AccessLog
 from capture.crypt import Keys
 from capture.errors import EvidenceError
+from capture.index import IndexUnusable
 from capture.index_fill import current
 from capture.reader import Reader
 from capture.store import Store
@@ -59,14 +61,13 @@ class Evidence:
 
     @contextmanager
     def index(self) -> Iterator[Index]:
-        """Give the index, up to date."""
+        """Give the index, up to date; Refusal when it cannot be used."""
         try:
-            index = current(self.store, self.keys)
-        except EvidenceError as wrong:
+            with current(self.store, self.keys) as index:
+                yield index
+        except (IndexUnusable, sqlite3.Error) as wrong:
             hint = "narrows evidence reindex makes it anew"
             raise Refusal(f"the index cannot be used: {wrong}", hint) from wrong
-        with index:
-            yield index
 
     def reader(self, index: Index) -> Reader:
         """Return a reader of sessions."""

@@ -79,11 +79,13 @@ def _plan(config: Config, *, as_json: bool) -> int:
 
 
 def _apply(config: Config, *, as_json: bool) -> int:
-    steps = redirect.plan(config)
+    steps, lost = redirect.plan(config), redirect.lost_counts()
     done = redirect.apply(config)
     if done:
         try:
             with closing(_writer(config)) as writer:
+                if lost is not None:
+                    writer.record(0, lost, lost.until)
                 _decide(writer, "redirect-apply", done)
         except EvidenceError as wrong:
             print(f"narrows: applied, but that is not recorded: {wrong}", file=sys.stderr)

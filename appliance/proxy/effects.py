@@ -165,7 +165,9 @@ def tell_end(session: Session, direction: Direction, *, reset: bool) -> None:
         return
     try:
         event = Eof(direction.side, reset, direction.received)
-        run(session, session.layer.handle(event), session.worker.now())
+        effects = session.layer.handle(event)
+        if effects:
+            run(session, effects, session.worker.now())
     except ProtocolError as wrong:
         run(session, wrong.done, session.worker.now())  # there is nobody left to be refused
     except EvidenceError:

@@ -9,6 +9,7 @@ option.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import time
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,8 @@ class Listener:
     """Accepts on one socket and hands (socket, client's address) over.
 
     It stops for two reasons that do not know of each other: its owner `pause`d it, or descriptors
-    ran out. Connections wait in the kernel's backlog meanwhile.
+    ran out. Connections wait in the kernel's backlog meanwhile. It keeps one descriptor, so that
+    what was accepted with the last one can still be connected: see `lend`.
     """
 
     def __init__(
@@ -79,6 +81,8 @@ class Listener:
         self._since = 0  #: time since when descriptors are short
         self._paused = self._resting = False
         self._reading = self._closed = False
+        self._kept = -1
+        self._keep()
         self._update()
 
     def pause(self) -> None:
@@ -97,6 +101,25 @@ class Listener:
             self._closed = True
             self._update()
             self._sock.close()
+            self.lend()
+
+    def lend(self) -> bool:
+        """Give the kept descriptor free; say whether there was one. Nothing is accepted until it
+        is back.
+        """
+        if self._kept < 0:
+            return False
+        os.close(self._kept)
+        self._kept = -1
+        return True
+
+    def _keep(self) -> bool:
+        if self._kept < 0:
+            try:
+                self._kept = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                return False
+        return True
 
     def _update(self) -> None:
         wanted = not (self._paused or self._resting or self._closed)
@@ -109,6 +132,9 @@ class Listener:
     def _ready(self) -> None:
         accept, accepted = self._sock.accept, self._accepted
         for _ in range(BATCH):
+            if self._kept < 0 and not self._keep():
+                self._out_of_files()
+                return
             try:
                 sock, client = accept()
             except BlockingIOError:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("narrows.session")
 
-LINGER_S = 10.0
+LINGER_S = 5.0
 #: Above this much of the gate's own answers waiting, the side that causes them is not read.
 MOST_OWN_BYTES = 64 * 1024
 _FORGED = frozenset({"forged", "replayed"})
@@ -94,7 +94,7 @@ class Session:
         """Who it is became known: record it, and start, or end what is closed already."""
         worker = self.worker
         now = worker.now()
-        worker.attributed(self, found, now)
+        worker.record_surely(self.number, found, now)
         for alarm in alarms:
             worker.record(self.number, alarm, now)
         self.account = found.account
@@ -266,9 +266,9 @@ class Session:
         effects.tell_end(self, direction, reset=False)
         if self.closed:
             return
-        self.interest()
         direction.finish()
         self._close_if_done()
+        self.interest()
 
     def flushed(self, direction: Direction) -> None:
         """Everything of `direction` was sent."""
@@ -327,7 +327,7 @@ class Session:
         self.ending = (reason, "gate")
         self.reason = message
         if self.prefix is not None or not self.connected:
-            self.close(reason, "gate", reset=True)
+            self.close(reason, "gate", reset=bool(self.prefix) or not self.connected)
             return
         self.set_timer(_LINGER, LINGER_S, self._linger_over)
         self.up.relay = self.down.relay = 0
@@ -359,12 +359,11 @@ class Session:
         assert self.ending is not None
         reason, by = self.ending
         reference = session_name(self.number) if by == "gate" else ""
-        self.record(
-            SessionClose(
-                reason, by, self.up.received, self.down.received, self.operations, self.started,
-                reference,
-            )
+        end = SessionClose(
+            reason, by, self.up.received, self.down.received, self.operations, self.started,
+            reference,
         )  # fmt: skip
+        self.worker.record_surely(self.number, end, self.worker.now())
         self.worker.forget(self)
 
     def record(self, record: Record) -> None:

@@ -240,7 +240,8 @@ class Responses:
         self.switched = True
         self.state = _DONE
         to = fields.upgrade or exchange.switch
-        self._ended.append(Audit(Fact("upgraded", {"op": exchange.number, "to": to})))
+        fields_of_fact = {"op": exchange.number, "to": to, "secrets": "unparsed"}
+        self._ended.append(Audit(Fact("upgraded", fields_of_fact)))
 
     def _over(self, exchange: Exchange) -> None:
         """The answer is whole."""

@@ -212,7 +212,10 @@ def _interval(raw: bytes) -> str:
     microseconds, days, months = fields
     sign = "-" if microseconds < 0 else ""
     seconds, rest = divmod(abs(microseconds), 1_000_000)
-    return f"P{months}M{days}DT{sign}{seconds}.{rest:06d}S"
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    clock = f"{sign}{hours}H{sign}{minutes}M{sign}{seconds}.{rest:06d}S"
+    return f"P{months}M{days}DT{clock}"
 
 
 def _array(raw: bytes) -> Any:

@@ -13,7 +13,7 @@ from capture.verify.leaf import digest, nanoseconds
 
 if TYPE_CHECKING:
     from capture.verify.report import Report
-    from capture.verify.segment import Commit
+    from capture.verify.segment import Commit, Segment
 
 #: How long a seal may be silent without saying that it was started anew.
 SILENCE_S = 60.0
@@ -103,6 +103,7 @@ class History:
         self.wanted: list[int] = []
         self.sealed_ns = 0  #: time of the last seal heartbeat
         self.started_ns = 0  #: time of the seal's last start
+        self.stopped = False  #: the seal was stopped in order, and the log ends there
         self._heartbeat: dict[str, Any] | None = None
         self._restarted = False
         self._positions: dict[int, int] = {}
@@ -130,6 +131,9 @@ class History:
                 self._report.gaps += 1
             case "start" if fields["generation"] == 0:
                 self._restarted, self.started_ns = True, nanoseconds(fields["time"])
+                self.stopped = False
+            case "stop" if fields["generation"] == 0:
+                self.stopped = True
             case "session_open":
                 self._opened(index, fields)
             case "session_close":
@@ -153,12 +157,15 @@ class History:
                 self._report.incomplete("its writer is dead and it was never ended", session=name)
         self._report.sessions["open"] = len(self.open)
 
-    def late_s(self, generation: int, commit: Commit) -> float:
+    def late_s(self, segment: Segment, commit: Commit) -> float:
         """Return for how long a commit was not sealed although it should have been.
 
-        Negative or small for one that the seal could not know, or that a `hot` leaf covers.
+        Negative or small for one that the seal could not know, or that a `hot` leaf covers, and for
+        the command line's own records on an appliance that was stopped.
         """
-        sealed = self.segments.get(generation)
+        if self.stopped and segment.stream == "cli" and commit.time_ns > self.sealed_ns:
+            return 0.0
+        sealed = self.segments.get(segment.generation)
         hot = sealed.hot[-1] if sealed is not None and sealed.hot else None
         if hot is not None and hot.first <= commit.number < hot.first + hot.commits:
             return 0.0

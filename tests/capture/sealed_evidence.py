@@ -101,7 +101,10 @@ def evidence():
         yield Evidence(state, run)
     finally:
         for path in [run, *state.parent.glob(f"{state.name}*")]:
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def now() -> int:

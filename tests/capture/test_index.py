@@ -13,7 +13,7 @@ from review_evidence import OWNER, Evidence
 
 from capture import index as index_module
 from capture import index_query as query
-from capture.follow import Follower
+from capture.follow import BEGINNING, Follower
 from capture.frames import FIRST_RECORD, Kind, incarnation_of
 from capture.index import Index, Indexer, IndexUnusable, discard
 from capture.index_fill import Busy, _alone, fill, rebuild
@@ -479,6 +479,29 @@ def test_a_damaged_index_is_made_anew(evidence, damage):
     rebuild(evidence.store, evidence.keys)
     with evidence.index() as index:
         assert content(index) == wanted
+
+
+def test_an_index_that_turns_out_to_be_damaged_is_filled_anew(evidence):
+    with evidence.writer(settings=SMALL_SEGMENTS) as gate:
+        busy_day(gate, 16, sessions=10)
+        with evidence.index() as index:
+            index.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            wanted = content(index)
+        path = evidence.store.index
+        whole = path.read_bytes()
+        damaged = whole[:4096] + b"\xa5" * (len(whole) - 4096)
+        path.write_bytes(damaged)
+        with evidence.index() as index:
+            assert content(index) == wanted
+            index.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        path.write_bytes(damaged)
+        with Index.open(path) as index:
+            assert Indexer(index).cursor(evidence.store.generations()[0]) == BEGINNING
+        path.write_bytes(damaged)
+        busy_day(gate, 17, sessions=10)
+        rebuild(evidence.store, evidence.keys)
+        with evidence.index() as index:
+            assert len(content(index)["session"]) > len(wanted["session"])
 
 
 def test_an_open_indexer_follows_an_index_that_was_thrown_away(evidence):

@@ -367,3 +367,24 @@ def test_a_seal_killed_at_any_moment_seals_everything_once(place, seed):
     assert not report.pending
     assert report.sessions["open"] == 0
     assert report.sessions["opened"] > 10
+
+
+def test_everything_killed_at_once_again_and_again_stays_one_valid_history(place):
+    chance = random.Random(7)
+    for number in range(5):
+        with (
+            place.process("write", f"{number}0") as first,
+            place.process("write", f"{number}1"),
+            place.process("seal", "0.02"),
+        ):
+            first.stdout.readline()
+            time.sleep(chance.uniform(0.0, 0.3))
+        assert_valid(place.verify())
+    place.writer("gate-9").close()
+    place.sealed()
+    report = place.verify()
+    assert_valid(report)
+    assert report.sessions["open"] == 0
+    assert report.sessions["cut"] >= 5
+    recovered = {leaf["incarnation"] for leaf in leaves(place, "recovered")}
+    assert len(recovered) == 10

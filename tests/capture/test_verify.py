@@ -19,6 +19,7 @@ from sealed_evidence import (
 
 from capture.frames import session_name
 from capture.ledger import load_signer
+from capture.tail import SegmentReader
 from capture.verify import Level, verify
 
 
@@ -95,7 +96,7 @@ def test_there_is_no_false_alarm_while_everything_is_written(place, with_key):
             aside = place.state / "appliance.key"
             aside.rename(aside.with_suffix(".aside"))
         time.sleep(0.5)
-        for _ in range(12):
+        for _ in range(8):
             report = place.verify()
             assert report.exit_code == 0, report.text()
             assert report.opened == with_key
@@ -230,6 +231,16 @@ def test_what_a_dead_seal_left_unsealed_for_long_is_named(place):
     writer.close()
 
 
+def test_reads_while_the_appliance_is_stopped_are_pending_and_nothing_worse(place):
+    sealed_sessions(place)
+    place.writer("cli").close()
+    (pending,) = place.verify().pending
+    set_time(place, pending, 300)
+    report = place.verify()
+    assert report.ok, report.text()
+    assert report.pending
+
+
 def set_time(place, pending, seconds):
     """Move the time of a pending commit; its tag is not checked without the key."""
     (place.state / "appliance.key").unlink()
@@ -239,6 +250,23 @@ def set_time(place, pending, seconds):
         moment = int.from_bytes(file.read(8), "little") + seconds * 1_000_000_000
         file.seek(pending.offset + 32)
         file.write(moment.to_bytes(8, "little"))
+
+
+def test_a_commit_that_its_writer_did_not_live_to_finish_is_not_taken_for_evidence(place):
+    with place.process("write", "10") as child:
+        for _ in range(6):
+            child.stdout.readline()
+    newest = place.store.segment(place.store.generations()[-1])
+    with SegmentReader(newest) as reader:
+        last = list(reader.commits())[-1]
+    with newest.open("r+b") as file:
+        file.seek(last.offset + 100)
+        file.write(bytes(last.total_bytes - 100))
+    place.writer("gate-1").close()
+    place.sealed()
+    report = place.verify()
+    assert report.ok, report.text()
+    assert not report.pending
 
 
 def test_a_kept_checkpoint_is_compared(place):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from capture.verify import Level
 from capture.verify.canonical import dumps
 from capture.verify.tree import root_of
 
-FLIPS = 40
+FLIPS = 20
 
 
 def make(place):
@@ -142,6 +143,15 @@ def test_a_bit_that_was_flipped_anywhere_in_the_ledger_is_found(any_place):
     assert any_place.verify().ok
 
 
+def test_bytes_that_were_added_to_a_file_of_the_ledger_are_found(any_place):
+    for name in ("checkpoint", "tile/0/000", "tile/entries/000", "tile/1/000.p/1"):
+        path = any_place.store.ledger / name
+        content = path.read_bytes()
+        path.write_bytes(content + b"\0")
+        assert name in {finding.file for finding in invalid(any_place)}
+        path.write_bytes(content)
+
+
 def test_a_segment_that_was_cut_is_found(any_place):
     for generation in any_place.store.generations():
         path = any_place.store.segment(generation)
@@ -195,6 +205,24 @@ def test_two_segments_that_were_swapped_are_found(any_place):
     assert {finding.segment for finding in invalid(any_place)} >= {first, second}
 
 
+def test_a_state_without_its_whole_ledger_is_incomplete(any_place):
+    shutil.rmtree(any_place.state / "evidence" / "ledger")
+    report = any_place.verify()
+    assert report.exit_code == 2
+    assert {finding.reason for finding in report.findings} == {
+        "nothing was signed yet", "it is not sealed"
+    }  # fmt: skip
+
+
+def test_a_pipe_in_place_of_a_segment_is_named_and_not_waited_for(any_place):
+    pipe = any_place.store.segment(0x98)
+    os.mkfifo(pipe)
+    assert any_place.verify().exit_code == 2
+    first = any_place.store.segment(any_place.store.generations()[0])
+    pipe.rename(first)
+    assert any_place.verify().exit_code == 1
+
+
 def test_a_segment_under_a_number_that_is_not_its_own_is_found(any_place):
     shutil.copy(any_place.store.segment(any_place.store.generations()[0]),
                 any_place.store.segment(0x77))  # fmt: skip
@@ -211,8 +239,12 @@ def test_leaves_that_were_reordered_are_found(any_place):
     assert {f.leaf for f in invalid(any_place) if f.file == "tile/entries/000"} >= {a, b}
 
 
-@pytest.mark.parametrize("name", ["tile/0/000", "tile/entries/000", "tile/1/000.p/1"])
+@pytest.mark.parametrize(
+    "name",
+    ["tile/0/000", "tile/entries/000", "tile/1/000.p/1", "tile/0/001.p/W", "tile/entries/001.p/W"],
+)
 def test_a_file_of_the_ledger_that_was_removed_is_found(any_place, name):
+    name = name.replace("W", str(len(any_place.leaves()) - 256))
     (any_place.store.ledger / name).unlink()
     assert name in {finding.file for finding in invalid(any_place)}
 

@@ -3,8 +3,12 @@
 import asyncio
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+from pgserver import free_port
+
+from appliance import config
 from appliance.config import Config, Paths, Route
 from appliance.proxy.loop import GateLoop
 from appliance.proxy.session import Session
@@ -26,25 +30,67 @@ PATIENCE_S = 20.0
 
 
 class Gate:
-    """One worker without listeners; `connect` stands for an accepted connection."""
+    """One worker; `connect` and `listen` stand for its transparent listeners."""
 
     def __init__(self, folder, **route):
         self.loop = GateLoop()
-        self.config = Config(
-            Paths(folder / "state", folder / "run"), route=(Route("all", **route),)
-        )
+        paths = Paths(folder / "state", folder / "run")
+        settings = config.Gate(listen_port=free_port())
+        self.config = Config(paths, settings, route=(Route("all", **route),))
+        self._listeners = []
         self.store = Store(self.config.paths.state, self.config.paths.run)
         self.store.prepare()
         self.keys = Keys.load_or_create(self.config.paths.state)
         attributor = SimpleNamespace(lost=0)  # identity is not what these tests are about
         self.worker = Worker(self.config, 0, self.loop, self.keys, attributor, set())
-        self.worker.writer = SegmentWriter(
+        writer = SegmentWriter(
             self.store, self.keys, "gate-0", role="gate", settings=SETTINGS, wake=self.worker.wake
         )
+        self.worker.start(writer)
 
-    def connect(self, port=5432, upstream=None):
-        """Return a conversation; without `upstream` the test plays the server, too."""
-        return Conversation(self, port, upstream)
+    def connect(self, port=5432):
+        """Return a conversation whose both ends the test plays."""
+        client, near = socket.socketpair()
+        server, far = socket.socketpair()
+        return Conversation(self, self.session(near, far, port), client, server)
+
+    def listen(self, upstream):
+        """Return the port of a loopback listener whose connections go to `upstream`."""
+        listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+        listener.setblocking(False)
+
+        def accept():
+            near, _ = listener.accept()
+            self.session(near, socket.create_connection(upstream), upstream[1])
+
+        self.loop.add_reader(listener.fileno(), accept)
+        self._listeners.append(listener)
+        return listener.getsockname()[1]
+
+    def session(self, near, far, port):
+        """Return a session between two sockets, as if it were accepted, attributed and dialled."""
+        worker = self.worker
+        for sock in (near, far):
+            sock.setblocking(False)
+            if sock.family != socket.AF_UNIX:
+                prepare(sock)
+        number = worker.writer.new_session()
+        route, client, target = self.config.route[0], ("192.0.2.10", 40000), ("198.51.100.10", port)
+        opened = SessionOpen(*client, *target, "all", route.durability, "client", 0)
+        worker.record(number, opened, worker.now())
+        session = Session(worker, number, route, client, target, near, far, worker.now())
+        worker.sessions[number] = session
+        session.connected = True
+        session.attribute(Attributed(None, "none", "none", "no-sensor"), [])
+        session.down.watch()
+        return session
+
+    def serve(self, function, *arguments, longest_s=60.0):
+        """Call a client in a thread, and run the loop until it is done; return what it returned."""
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(function, *arguments)
+            self.step(future.done, longest_s)
+            return future.result()
 
     def step(self, until, longest_s=PATIENCE_S):
         """Run the loop until `until()` is true."""
@@ -57,46 +103,25 @@ class Gate:
         """End everything and return every frame: (kind, session, offset, payload)."""
         for session in list(self.worker.sessions.values()):
             session.close("test", "gate", reset=True)
+        for listener in self.worker._listeners:
+            listener.close()
+        for listener in self._listeners:
+            self.loop.remove_reader(listener.fileno())
+            listener.close()
         self.worker.writer.close()
         self.loop.run_until_complete(asyncio.sleep(0))
         self.loop.close()
-        follower = Follower(self.store, self.keys, lambda _: BEGINNING)
-        frames = []
-        while found := follower.step(1000):
-            for followed in found:
-                for kind, session, _, offset, payload, _ in walk(
-                    followed.plaintext, followed.incarnation
-                ):
-                    frames.append((kind, session, offset, bytes(payload)))
-        return frames
+        return frames_of(self.store, self.keys)
 
 
 class Conversation:
     """Both ends of one session."""
 
-    def __init__(self, gate, port, upstream):
+    def __init__(self, gate, session, client, server):
         self.gate = gate
-        self.client, near = socket.socketpair()
-        if upstream is None:
-            self.server, far = socket.socketpair()
-        else:
-            self.server, far = None, socket.create_connection(upstream)
-        for sock in (near, far):
-            sock.setblocking(False)
-            if sock.family != socket.AF_UNIX:
-                prepare(sock)
-        worker = gate.worker
-        number = worker.writer.new_session()
-        route = gate.config.route[0]
-        target = ("198.51.100.10", port)
-        opened = SessionOpen("192.0.2.10", 40000, *target, "all", route.durability, "client", 0)
-        worker.record(number, opened, worker.now())
-        client = ("192.0.2.10", 40000)
-        self.session = Session(worker, number, route, client, target, near, far, worker.now())
-        worker.sessions[number] = self.session
-        self.session.connected = True
-        self.session.attribute(Attributed(None, "none", "none", "no-sensor"), [])
-        self.session.down.watch()
+        self.session = session
+        self.client = client
+        self.server = server
         self.sent = {}
 
     def say(self, side, data):
@@ -137,8 +162,18 @@ class Conversation:
 
     def hang_up(self):
         self.client.close()
-        if self.server is not None:
-            self.server.close()
+        self.server.close()
+
+
+def frames_of(store, keys):
+    """Return every frame that is on disk: (kind, session, offset, payload)."""
+    follower = Follower(store, keys, lambda _: BEGINNING)
+    frames = []
+    while found := follower.step(1000):
+        for each in found:
+            for kind, session, _, offset, payload, _ in walk(each.plaintext, each.incarnation):
+                frames.append((kind, session, offset, bytes(payload)))
+    return frames
 
 
 def half_stream(frames, session, kind):

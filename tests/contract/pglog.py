@@ -1,15 +1,15 @@
 """What a PostgreSQL server logged with `log_statement = all`: the oracle for what was asked of it.
 
-The server's log_line_prefix is "%c|%l|" (session, line). Statements of more than one line go on in
-lines that begin with a tab.
+The server's log_line_prefix is "%c|%h|" (session, client). Statements of more than one line go on
+in lines that begin with a tab. What came over the server's own socket is left out.
 """
 
 import re
 from typing import NamedTuple
 
-_LINE = re.compile(r"^([0-9a-f]+\.[0-9a-f]+)\|\d+\|([A-Z]+):  ", re.MULTILINE)
+_LINE = re.compile(r"^([0-9a-f]+\.[0-9a-f]+)\|([^|\n]*)\|([A-Z]+):  ", re.MULTILINE)
 _STATEMENT = re.compile(
-    r"(?:statement|execute (?P<name>.*?)): (?P<text>.*)"
+    r"(?:statement|received replication command|execute (?P<name>.*?)): (?P<text>.*)"
     r"|fastpath function call: .*\(OID (?P<oid>\d+)\)",
     re.DOTALL,
 )
@@ -32,11 +32,13 @@ def statements(log):
     starts = list(_LINE.finditer(text))
     for number, start in enumerate(starts):
         end = starts[number + 1].start() if number + 1 < len(starts) else len(text)
+        if start[2] == "[local]":
+            continue
         body = text[start.end() : end].removesuffix("\n").replace("\n\t", "\n")
         pid = int(start[1].partition(".")[2], 16)
-        if start[2] == "DETAIL" and found and body.lower().startswith("parameters: "):
+        if start[3] == "DETAIL" and found and body.lower().startswith("parameters: "):
             found[-1] = found[-1]._replace(parameters=_parameters(body[len("parameters: ") :]))
-        if start[2] != "LOG":
+        if start[3] != "LOG":
             continue
         match = _STATEMENT.fullmatch(body)
         if match is None:

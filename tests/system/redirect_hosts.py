@@ -24,6 +24,25 @@ from appliance.proxy.upstream import dial
 
 CLIENTS = 'clients = ["192.0.2.0/24", "2001:db8:1::/64"]\n'
 EVERYTHING = f'[redirect]\n{CLIENTS}\n[[route]]\nname = "everything"\n'
+#: A route that may be bypassed, one that may not, and one for datagrams.
+MIXED = f"""
+[redirect]
+{CLIENTS}
+bypass = ["203.0.113.0/24"]
+[[route]]
+name = "best effort"
+ports = [80, 8080]
+on_failure = "bypass"
+[[route]]
+name = "names"
+protocol = "udp"
+ports = [53]
+action = "allow"
+[[route]]
+name = "rest"
+"""
+#: Redirects another subnet as well, and one that is there no longer.
+OTHER = MIXED.replace('"192.0.2.0/24"', '"192.0.2.0/24", "10.44.0.0/16"')
 SERVERS = (SERVER4, SERVER6)
 HOSTS = ((CLIENT4, SERVER4), (CLIENT6, SERVER6))
 LOST_S = 0.25  # what took no time at all on these hosts is not coming any more after this
@@ -121,6 +140,10 @@ class Hosts:
                 return "reset" if isinstance(wrong, ConnectionResetError) else "refused"
             except OSError as wrong:
                 return os.strerror(wrong.errno)
+
+    def outcomes(self):
+        """Return the ways that connections to a bypassable and to another port go."""
+        return {self.connect(address, port).split()[0] for address in SERVERS for port in (80, 81)}
 
     def datagram(self, address, port, source=None, payload=b"ping", role="client"):
         """Send a datagram; return the answer's text, or how it failed."""

@@ -127,7 +127,7 @@ def test_an_error_that_comes_back_is_counted_as_icmp(hosts):
 
 
 def test_nothing_is_lost_or_counted_twice_while_the_sets_are_turned(hosts):
-    count, flows = 4000, []
+    count, flows = 2500, []
 
     def flood(address, port):
         with hosts.socket("client", address, socket.SOCK_DGRAM) as sock:

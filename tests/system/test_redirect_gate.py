@@ -308,3 +308,30 @@ def test_without_privileges_the_command_line_says_so_in_one_line(gate):
     done = subprocess.run(argv, capture_output=True, text=True, check=False, user=65534)
     assert done.returncode == UNAVAILABLE
     assert done.stderr == "narrows: redirect plan needs root (sudo narrows ...)\n"
+
+
+def test_a_rule_set_that_somebody_removed_is_a_gap(gate, hosts):
+    gate.narrows("apply")
+    hosts.nft("flush", "ruleset")
+    assert gate.narrows("apply").returncode == OK
+    ((stream, gap),) = gate.records(Gap)
+    assert (stream, gap["scope"], gap["reason"]) == ("cli", "flow", "counts-lost")
+    hosts.nft("flush", "ruleset")
+    gate.start()
+    gate.stop()
+    assert [stream for stream, _ in gate.records(Gap)] == ["cli", "gate-0"]
+    assert "narrows redirect apply" in gate.log
+    assert hosts.connect(SERVER4, 80) not in ("lost", f"server {CLIENT4}")
+
+
+def test_an_address_that_the_gate_is_given_later_is_refused_too(gate, hosts):
+    gate.narrows("apply")
+    gate.start()
+    hosts.ip("addr add 198.51.100.99/24 dev server0")
+    try:
+        with Server(hosts, 81, addresses=["198.51.100.99"], role="gate"):
+            wait_for(lambda: hosts.connect("198.51.100.99", 81) == "reset", what="a refusal")
+    finally:
+        hosts.ip("addr del 198.51.100.99/24 dev server0")
+    gate.stop()
+    assert [fields["reason"] for _, fields in gate.records(Refused)] == ["own-address"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from redirect_hosts import (
     CLIENTS,
+    EVERYTHING,
     HOSTS,
     LOST_S,
     SERVERS,
@@ -343,6 +344,27 @@ def test_a_connection_request_in_fragments_reaches_the_listener(hosts, everythin
             inject(hosts, "client", SERVER4, packet)
         (answer,) = capture.packets(lambda packet: is_segment(packet, 4000))
     assert answer[33] == 0x12  # SYN, ACK
+
+
+def test_a_connection_request_behind_an_extension_header_reaches_the_listener(hosts, everything):
+    segment = tcp_segment(CLIENT6, SERVER6, (4000, 80))
+    options = bytes([6, 0, 1, 4, 0, 0, 0, 0])  # a destination options header that says nothing
+    with Capture(hosts, "client") as capture:
+        inject(hosts, "client", SERVER6, ip_packet(CLIENT6, SERVER6, 60, options + segment))
+        (answer,) = capture.packets(lambda packet: is_segment(packet, 4000))
+    assert answer[53] == 0x12  # SYN, ACK
+
+
+def test_icmp_errors_pass_to_a_client_only_where_something_passes_that_they_could_be_about(hosts):
+    body = struct.pack(">BBHI", 3, 1, 0, 0) + ip_packet(CLIENT4, SERVER4, 17, bytes(8))
+    body = body[:2] + struct.pack(">H", checksum(body)) + body[4:]
+    error = ip_packet(SERVER4, CLIENT4, 1, body)
+    for text, passes in ((EVERYTHING, False), (UDP_AND_PING, True)):
+        hosts.apply(text)
+        with Capture(hosts, "client") as capture:
+            inject(hosts, "server", CLIENT4, error)
+            found = capture.packets(lambda packet: packet.endswith(body), wait_s=LOST_S)
+        assert bool(found) == passes
 
 
 @pytest.fixture

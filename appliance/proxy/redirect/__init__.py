@@ -22,6 +22,7 @@ guard stands (`nft flush ruleset`) fails closed.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from appliance.proxy.redirect import nft, routing, rules
 from appliance.proxy.redirect.checks import Problem, check, client_interfaces, own_addresses
-from appliance.proxy.redirect.counts import alone, bypass_gaps, counted, settle_bypass
+from appliance.proxy.redirect.counts import alone, bypass_gaps, counted, lost_counts, settle_bypass
 from appliance.proxy.redirect.flows import CROWD, FlowMeter, record_flows
 from appliance.proxy.redirect.rules import MARK_LOCAL, MARK_PASS, TABLE
 
@@ -41,11 +42,13 @@ if TYPE_CHECKING:
 __all__ = [
     "CROWD", "MARK_LOCAL", "MARK_PASS", "TABLE", "FlowMeter", "NetlinkError", "Problem",
     "RedirectError", "Step", "alone", "apply", "bypass_gaps", "check", "client_interfaces",
-    "close", "counted",
-    "own_addresses", "plan", "record_flows", "settle_bypass", "undo", "undo_steps",
+    "close", "counted", "lost_counts", "own_addresses", "plan", "record_flows", "settle_bypass",
+    "undo", "undo_steps",
 ]  # fmt: skip
 
 _TRIES = 5
+#: What the kernel says of something that another process was faster to add or remove.
+_CHANGED = {errno.EEXIST, errno.ENOENT, errno.ESRCH}
 
 
 class RedirectError(Exception):
@@ -142,7 +145,11 @@ def _carry_out(find: Callable[[], list[Step]]) -> list[str]:
                 why = str(refused)
                 break  # by the gate, which turns flow sets, or by somebody else: look again
             except NetlinkError as refused:
-                raise RedirectError(f"the kernel refused to {step.text}: {refused}") from refused
+                if refused.code not in _CHANGED:
+                    text = f"the kernel refused to {step.text}: {refused}"
+                    raise RedirectError(text) from refused
+                why = str(refused)
+                break
             done.append(step.text)
     left = "; ".join((steps[0].text, *steps[0].details[:3]))
     raise RedirectError(f"still to do: {left}; the kernel says: {why}")

@@ -1,8 +1,8 @@
 """What the rule set counted: per purpose, and what passed a route while no gate was there.
 
 The gate calls it at start and `narrows redirect` when it shows or removes the rules. Counters
-outlive a replacement of the rules; they end with `undo`, and with anybody's `nft flush ruleset`,
-which passes nothing from then on.
+outlive a replacement of the rules; they end with `undo`, which records them first, and with
+anybody's `nft flush ruleset`, which passes nothing from then on and becomes a Gap as well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pyroute2.netlink.exceptions import NetlinkError
 
-from appliance.proxy.redirect import nft, rules, sets
+from appliance.proxy.redirect import nft, routing, rules, sets
 from capture.records import Gap
 
 if TYPE_CHECKING:
@@ -95,6 +95,17 @@ def settle_bypass(recorded: Iterable[Gap]) -> list[Gap]:
             later = _gap(gap.detail, gap.until, time.time_ns(), up, down, without=gap)
             late.append(later)
     return late
+
+
+def lost_counts() -> Gap | None:
+    """Return the Gap of a rule set that somebody removed while the guard stands, None otherwise.
+
+    Nothing passes from then on; but what had passed since it was last recorded is not known.
+    """
+    if nft.exists(rules.TABLE) or not routing.present():
+        return None
+    why = "the rule set is gone, and with it what it counted of bypasses and flows"
+    return Gap("flow", "counts-lost", until=time.time_ns(), detail=why)
 
 
 def _gap(

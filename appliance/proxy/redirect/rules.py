@@ -307,11 +307,10 @@ class _Builder:
 
     def _answer(self, family: Family) -> list[Rule]:
         version = family.version
-        errors = [*family.icmp_kind, expr.in_set(f"errors{version}")]
-        rules: list[Rule] = [
-            [*errors, expr.goto(f"down{version}")],
-            [family.source, expr.in_set(f"bypass{version}"), *_pass("bypass")],
-        ]
+        rules: list[Rule] = []
+        if family.sees(self._config.redirect.bypass):
+            listed = expr.in_set(f"bypass{version}")
+            rules.append([family.source, listed, *_pass("bypass")])
         for number, route in self._routes(family, "intercept"):
             if route.on_failure == "bypass":
                 counter = answer_counter(route.name)
@@ -323,6 +322,9 @@ class _Builder:
             counted = [self._counted(allow_counter(route.name)), expr.goto(f"down{version}")]
             where = self._where(family, number, route, answer=True)
             rules.append([*_protocol(protocol_number(route.protocol, version)), *where, *counted])
+        if rules:  # else nothing passes that an error could be about
+            errors = [*family.icmp_kind, expr.in_set(f"errors{version}")]
+            rules.insert(0, [*errors, expr.goto(f"down{version}")])
         return [*rules, _drop("dropped")]
 
     def _routes(self, family: Family, action: str) -> list[tuple[int, Route]]:

@@ -39,7 +39,7 @@ class Bench:
 
     def until(self, condition, longest_s=20.0):
         async def wait():
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - it may be about another thread
                 await asyncio.sleep(0.001)
 
         self.loop.run_until_complete(asyncio.wait_for(wait(), longest_s))

@@ -288,7 +288,9 @@ def test_what_follows_a_switch_is_relayed_and_said_to_be(talk):
     talk.feed(CLIENT, UPGRADE)
     assert talk.layer.reading == ONLY_UPSTREAM
     talk.feed(UPSTREAM, SWITCH + b"\x81\x00")
-    assert talk.of(Fact)[-1] == Fact("upgraded", {"op": 1, "to": "websocket"})
+    assert talk.of(Fact)[-1] == Fact(
+        "upgraded", {"op": 1, "to": "websocket", "secrets": "unparsed"}
+    )
     assert results(talk) == [(1, "ok", "101 Switching Protocols")]
     assert talk.relay == {CLIENT: FOREVER, UPSTREAM: FOREVER}
     assert talk.layer.sensitive == NEITHER
@@ -320,7 +322,9 @@ def test_a_tunnel_is_relayed(talk):
     talk.feed(CLIENT, connect)
     talk.feed(UPSTREAM, b"HTTP/1.1 200 Yes\r\nContent-Length: 9\r\n\r\n")
     assert talk.of(Operation)[0].tables == ("db.example:443",)
-    assert talk.of(Fact) == [Fact("upgraded", {"op": 1, "to": "db.example:443"})]
+    assert talk.of(Fact) == [
+        Fact("upgraded", {"op": 1, "to": "db.example:443", "secrets": "unparsed"})
+    ]
     talk.feed(CLIENT, b"\x16\x03\x01")
     talk.feed(UPSTREAM, b"\x16\x03\x03")
     assert talk.relayed[CLIENT] == connect + b"\x16\x03\x01"

@@ -1,0 +1,215 @@
+"""Sessions while the sensor is dead, after it came back, and of two accounts at once."""
+
+import ctypes
+import json
+import os
+import signal
+import struct
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from attributed import PORT, Sessions, echo
+from short_lives import FIRST_PORT, program
+from staging import Stage, own_place, wait_for
+
+from appliance import live
+from appliance.lab.place import BLOB
+from appliance.lab.topology import CLIENT4, SERVER4
+
+pytestmark = pytest.mark.system
+PATIENT = "[attribution]\nwait_ms = 5000\n"
+#: Connects for every line that it reads, from the port in the line; lives longer than the sensor.
+DAEMON = """
+import socket, sys
+for line in sys.stdin:
+    s = socket.socket()
+    s.bind(("", int(line)))
+    s.connect((sys.argv[1], int(sys.argv[2])))
+    s.sendall(b"hello")
+    assert s.recv(5) == b"hello"
+    s.close()
+    print(line, end="", flush=True)
+"""
+NOISE = """
+import socket, sys
+for _ in range(200):
+    socket.socket().connect_ex((sys.argv[1], 9))
+"""
+
+
+@pytest.fixture
+def stage():
+    made = Stage(own_place())
+    yield made
+    made.down()
+
+
+class Daemon:
+    """A client that lives on."""
+
+    def __init__(self, stage, account):
+        argv = [sys.executable, "-c", DAEMON, SERVER4, str(PORT)]
+        self._process = stage.spawn("client", argv, account=account, stdin=-1, stdout=-1, text=True)
+        self.pid = self._process.pid
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.communicate()
+
+    def connect(self, port):
+        print(port, file=self._process.stdin, flush=True)
+        assert self._process.stdout.readline() == f"{port}\n"
+
+
+def attributed(stage, port):
+    """Return what the session from a port is recorded as."""
+    sessions = Sessions(stage)
+    (found,) = wait_for(
+        lambda: sessions.more().opened().get(port, {}).get("Attributed"), what="the session"
+    )
+    return found
+
+
+def attached(cgroup):
+    """Return how many programs are attached to a cgroup, by the kernel's own account."""
+    count = 0
+    fd = os.open(cgroup, os.O_RDONLY)
+    for kind in (10, 11, 3):  # connect4, connect6, sock_ops
+        query = struct.pack("=IIIIQI", fd, kind, 0, 0, 0, 0).ljust(152, b"\0")
+        answer = ctypes.create_string_buffer(query, len(query))
+        assert ctypes.CDLL(None).syscall(321, 16, answer, len(query)) == 0  # BPF_PROG_QUERY
+        count += struct.unpack_from("=I", answer, 24)[0]
+    os.close(fd)
+    return count
+
+
+def connected(stage):
+    """Say whether every worker has a sensor."""
+    paths = live.workers(stage.config.paths.run)
+    return all(live.ask(path, {"do": "stats"})["sensor"] for path in paths)
+
+
+def test_a_dead_sensor_leaves_nothing_and_sessions_say_so_until_it_is_back(stage):
+    stage.up(PATIENT)
+    (supervisor,) = stage.pids("supervisor")
+    with echo(stage), Daemon(stage, "backup-job") as old:
+        old.connect(43_000)
+        before = attributed(stage, 43_000)
+        assert (before["account"], before["how"]) == ("backup-job", "syn")
+        assert attached(stage.place.clients) == 3
+
+        (pid,) = stage.pids("sensor")
+        os.kill(supervisor, signal.SIGSTOP)  # nobody starts it again meanwhile
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: attached(stage.place.clients) == 0, what="the end of the links")
+        wait_for(lambda: not connected(stage))
+        time.sleep(1.1)  # for that long a new sensor's word is waited for
+        old.connect(43_001)
+        without = attributed(stage, 43_001)
+        assert (without["account"], without["reason"]) == (None, "no-sensor")
+        assert without["owner"] is None
+
+        os.kill(supervisor, signal.SIGCONT)
+        wait_for(lambda: connected(stage), what="the new sensor")
+        old.connect(43_002)
+        again = attributed(stage, 43_002)
+        assert (again["account"], again["how"]) == ("backup-job", "syn")
+        assert again["owner"]["handle"] != before["owner"]["handle"]
+        same = ("pid", "exe", "exe_sha256", "argv", "cgroup")
+        assert [again["owner"][n] for n in same] == [before["owner"][n] for n in same]
+        assert again["owner"]["pid"] == old.pid
+
+
+def test_a_sensor_that_dies_under_load_costs_names_and_never_gives_a_wrong_one(stage):
+    stage.up(PATIENT)
+    count = 1500
+    with echo(stage):
+        argv = [program(), "spawn", "0", str(count), "1", SERVER4, str(PORT)]
+        spawner = stage.spawn("client", argv, account="backup-job", stdout=-1, text=True)
+        sessions = Sessions(stage)
+        for share in (4, 2):
+            wait_for(lambda share=share: len(sessions.more().opened()) > count / share, 60)
+            wait_for(lambda: connected(stage), what="a sensor")
+            (pid,) = stage.pids("sensor")
+            os.kill(pid, signal.SIGKILL)
+        out, _ = spawner.communicate(timeout=100)
+        assert spawner.returncode == 0
+        wait_for(lambda: sessions.more().closed() >= count, 60, "the end of every session")
+    ran = dict(map(int, line.split()) for line in out.splitlines())
+    assert len(ran) == count
+    digest_of = {}
+    reasons = {}
+    for nonce, pid in ran.items():
+        (found,) = sessions.opened()[FIRST_PORT + nonce]["Attributed"]
+        reasons[found["reason"]] = reasons.get(found["reason"], 0) + 1
+        if found["reason"] is None:
+            owner = found["owner"]
+            assert (owner["pid"], owner["argv"][2]) == (pid, f"nonce-{nonce}")
+            digest_of[owner["exe"]] = owner["exe_sha256"]
+        else:
+            assert found["account"] is None
+    assert set(digest_of) == {str(program())}
+    assert set(reasons) <= {None, "no-sensor", "no-owner", "timeout"}
+    assert reasons[None] > count / 2
+
+
+def test_two_accounts_that_match_one_session_are_named_and_neither_gets_it(stage):
+    place = stage.place
+    stage.up(
+        PATIENT
+        + f"""
+[[account]]
+name = "by-cgroup"
+owner = "team"
+purpose = "test"
+match = {{ cgroup = "{place.prefix}/clients/by-cgroup" }}
+
+[[account]]
+name = "by-user"
+owner = "team"
+purpose = "test"
+match = {{ uid = 0, exe = "{os.path.realpath(sys.executable)}" }}
+"""
+    )
+    with echo(stage), Daemon(stage, "by-cgroup") as client:
+        client.connect(43_000)
+        sessions = Sessions(stage)
+        records = wait_for(
+            lambda: "Alarm" in (found := sessions.more().opened().get(43_000, {})) and found
+        )
+    (found,), (alarm,) = records["Attributed"], records["Alarm"]
+    assert (found["account"], found["reason"]) == (None, "ambiguous")
+    assert sorted(found["candidates"]) == ["by-cgroup", "by-user"]
+    assert found["owner"]["pid"] == client.pid
+    assert alarm["kind"] == "ambiguous"
+    assert sorted(alarm["detail"]["accounts"]) == ["by-cgroup", "by-user"]
+
+
+def test_what_the_sensor_lost_is_in_the_heartbeats_and_the_next_session_has_its_name(stage):
+    """A sensor that gets no processor for a while, with room for 34 events."""
+    place = stage.place
+    blob = json.loads(BLOB.read_text())
+    blob["maps"]["connect_ring"]["entries"] = 4096
+    small = Path("/run", f"{place.prefix}.blob")
+    small.write_text(json.dumps(blob))
+    try:
+        paths = f'state = "{place.disk}/state"\nrun = "{place.memory}"\nblob = "{small}"\n'
+        stage.up(f"{PATIENT}\n[paths]\n{paths}")
+        (pid,) = stage.pids("sensor")
+        os.kill(pid, signal.SIGSTOP)
+        stage.client([sys.executable, "-c", NOISE, CLIENT4])
+        os.kill(pid, signal.SIGCONT)
+        sessions = Sessions(stage)
+        lost = wait_for(
+            lambda: {beat["sensor_lost"] for beat in sessions.more().all("Heartbeat")} - {0}, 30
+        )
+        assert lost == {200 - 4096 // 120}
+        with echo(stage), Daemon(stage, "backup-job") as client:
+            client.connect(43_000)
+            assert attributed(stage, 43_000)["account"] == "backup-job"
+    finally:
+        small.unlink()
