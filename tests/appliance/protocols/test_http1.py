@@ -1,5 +1,8 @@
 """One session of HTTP/1.1, fed as the driver feeds it."""
 
+import re
+from pathlib import Path
+
 import pytest
 from replay import SESSION, TIME, Replay, digest
 
@@ -23,6 +26,8 @@ from appliance.sansio import (
     Relay,
     SetTimer,
 )
+from appliance.wire.httphead import FACTS
+from appliance.wire.httpsecrets import HEADERS, PARAMETERS
 from capture.frames import session_name
 from capture.records import Fact, Operation, Result, Withheld
 
@@ -148,6 +153,14 @@ def test_set_cookie_is_hidden_in_heads_interim_heads_and_trailers(talk):
     assert b"can" not in talk.captured[UPSTREAM]
     assert b"ary" not in talk.captured[UPSTREAM]
     assert results(talk) == [(1, "ok", "200 OK")]
+
+
+def test_secrets_in_the_trailers_of_a_request_are_hidden(talk):
+    head = b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+    wire = head + b"0\r\nX: 1\r\nX-Auth-Token: canary\r\n\r\n"
+    talk.feed(CLIENT, wire)
+    assert talk.captured[CLIENT] == wire.replace(b"canary", bytes(6))
+    assert talk.relayed[CLIENT] == wire
 
 
 # -- framing
@@ -498,3 +511,16 @@ def test_a_client_that_is_far_ahead_is_not_read(talk):
 )
 def test_a_probe_claims_what_a_server_could_take_for_http(prefix, answer):
     assert PROTOCOL.probe(prefix) is answer
+
+
+# -- documents
+
+
+def test_every_name_that_is_secret_or_shown_is_documented():
+    page = (Path(__file__).parents[3] / "docs" / "protocols" / "http1.md").read_text("utf-8")
+    spelled = {word.lower() for word in re.findall(r"`([A-Za-z0-9-]+)`", page)}
+    assert spelled >= HEADERS
+    (listed,) = re.findall(r"`X-Access-Token` are one\): ([\w, ]+);", page)
+    assert {name.replace("_", "") for name in listed.split(", ")} == PARAMETERS
+    (shown,) = re.findall(r"256 characters a value: ([\w, -]+) \|", page)
+    assert set(shown.split(", ")) == FACTS

@@ -228,6 +228,26 @@ def test_a_body_whose_end_is_unclear_never_ends(name, body):
     assert len(clear) == 1, "how it was cut must not matter"
 
 
+def test_an_answer_to_a_request_that_was_refused_is_not_passed_on():
+    talk = Replay(PROTOCOL)
+    talk.feed(CLIENT, GET + HEADS[0][1])
+    talk.feed(UPSTREAM, OK + OK)
+    assert talk.relayed[UPSTREAM] == OK
+    assert talk.own[CLIENT].startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_refusal_that_can_no_longer_be_given_in_order_only_ends_the_session():
+    for said in (b"", OK[:-1]):
+        talk = Replay(PROTOCOL)
+        talk.feed(CLIENT, GET + HEADS[0][1])
+        if said:
+            talk.feed(UPSTREAM, said)
+        talk.feed(UPSTREAM, None)
+        assert not talk.own[CLIENT]
+        assert talk.closed == {CLIENT, UPSTREAM}
+        assert [result.status for result in talk.of(Result)] == ["cut", "cut"]
+
+
 def test_a_body_that_breaks_inside_its_own_answer_ends_the_session():
     talk = Replay(PROTOCOL)
     talk.feed(CLIENT, post(CHUNKED, b"2\r\nab\r\n").removesuffix(INSIDE))
