@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CHUNKED = -1  #: "length" of a body that comes in chunks
 TILL_END = -2  #: "length" of a body that ends with the connection
 MOST_FIELDS = 256
+MOST_NAME_BYTES = 256
 MOST_FACT_CHARS = 256
 
 _TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -40,7 +41,7 @@ _NOT_A_LETTER = re.compile(rb"[^a-z]")
 _FRAMING = {b"content-length": b"Content-Length", b"transfer-encoding": b"Transfer-Encoding"}
 _USUAL_CONNECTIONS = frozenset({b"keep-alive", b"Keep-Alive", b"close", b"Upgrade", b"upgrade"})
 _MOST_NAMES = 2_048
-_MOST_NAME_BYTES = 64
+_MOST_KEPT_NAME_BYTES = 64
 
 #: Headers that a record shows. Their values are cut at MOST_FACT_CHARS, secrets in them hidden.
 FACTS = frozenset({
@@ -133,6 +134,8 @@ class FieldReader:
     def check(self, line: bytes) -> None:
         """Raise Malformed unless `line` is a field line, or the beginning of one."""
         name, colon, _ = line.partition(b":")
+        if len(name) > MOST_NAME_BYTES:
+            raise Malformed("a header name that is too long", 431)
         if colon or name[:1] in (b" ", b"\t"):
             if name not in self._names:
                 self._learn(name, line)
@@ -147,6 +150,8 @@ class FieldReader:
             raise Malformed("a header line without a colon")
         if not name or name.translate(None, _TOKEN):
             raise Malformed("a header name that is no token")
+        if len(name) > MOST_NAME_BYTES:
+            raise Malformed("a header name that is too long", 431)
         lower = name.lower()
         meant = _FRAMING.get(_NOT_A_LETTER.sub(b"-", lower))
         if meant is not None and lower not in _FRAMING:
@@ -155,7 +160,7 @@ class FieldReader:
         role = _ROLES.get(key, _FACT if key in FACTS else _PLAIN)
         if key in self.secrets.headers and role in (_PLAIN, _FACT):
             role = _SECRET
-        if len(name) <= _MOST_NAME_BYTES and len(self._names) < _MOST_NAMES:
+        if len(name) <= _MOST_KEPT_NAME_BYTES and len(self._names) < _MOST_NAMES:
             self._names[name] = (key, role)
         return key, role
 
