@@ -59,18 +59,8 @@ class Requests:
     """Decodes what the client sends."""
 
     __slots__ = (
-        "_blank",
-        "_block",
-        "_chunks",
-        "_exchange",
-        "_exchanges",
-        "_fields",
-        "_left",
-        "_lines",
-        "_meant",
-        "_timed",
-        "inlet",
-        "state",
+        "_blank", "_block", "_chunks", "_exchange", "_exchanges", "_fields", "_left", "_lines",
+        "_meant", "_timed", "inlet", "state",
     )  # fmt: skip
 
     def __init__(self, exchanges: Exchanges, lines: LineReader, fields: FieldReader) -> None:
