@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from appliance.wire.httphead import MOST_NAME_BYTES, FieldReader, Malformed, check_lines
+from appliance.wire.httpsecrets import clip
 
 if TYPE_CHECKING:
     import re
@@ -107,4 +108,6 @@ class Unfinished:
                     return found
         window = max(0, seen - _WINDOW_BYTES)
         spans, self._goes_on = self._fields.secrets.scan(line[window:])
-        return found + [(window + begin, window + finish, kind) for begin, finish, kind in spans]
+        for begin, finish, kind in clip(spans, seen - window):
+            found.append((window + begin, window + finish, kind))
+        return found

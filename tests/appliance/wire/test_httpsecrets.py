@@ -124,7 +124,8 @@ def test_only_schemes_that_are_known_are_shown():
 @pytest.mark.parametrize(
     "text",
     [
-        b"?" * 60_000, b"&a" * 30_000, b"%25" * 20_000, b"://" * 20_000, b"?a=" * 20_000, b"?token=a" * 8_000,
+        b"?" * 60_000, b"&a" * 30_000, b"%25" * 20_000, b"://" * 20_000, b"?a=" * 20_000,
+        b"?token=a" * 8_000,
         b"://" + b"a" * 60_000, b"?" + b"%25" * 20_000, b"Cookie" * 10_000, b"Cookie:\n " * 8_000,
         b"Cookie: a\n\n\n\n\n" * 5_000 + b"\n" * 20_000, b";" * 60_000,
     ],

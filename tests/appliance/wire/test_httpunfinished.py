@@ -32,7 +32,9 @@ def hidden(data, cuts, line_bytes=100_000):
     seen = 0
     for cut in [*sorted(cuts), len(data)]:
         for start, end, _ in unfinished.look(data[:cut], 0)[0]:
-            found.update(range(max(start, seen), end))
+            new = set(range(max(start, seen), end))
+            assert not new & found, "hidden twice"
+            found |= new
         seen = cut
     return found
 
