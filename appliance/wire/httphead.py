@@ -218,6 +218,8 @@ def _read_connection(_fields: Fields, value: bytes) -> None:
 def _read_host(fields: Fields, value: bytes) -> None:
     if fields.host is not None:
         raise Malformed("more than one Host")
+    if len(value) > MOST_NAME_BYTES:
+        raise Malformed("a Host that is too long")
     fields.host = value.lower().decode("utf-8", "backslashreplace")
 
 

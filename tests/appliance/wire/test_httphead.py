@@ -92,6 +92,8 @@ def test_a_header_of_facts_that_is_configured_as_secret_is_no_fact():
         (b"content.length: 1\r\n", "take for Content-Length"),
         (b"Host: a\r\nHost: a\r\n", "more than one Host"),
         (b"Host:\r\nhost: a\r\n", "more than one Host"),
+        (b"Host: " + b"a" * 300 + b"\r\n", "too long"),
+        (b"X" * 300 + b": a\r\n", "too long"),
         (b"Connection: close, Content-Length\r\n", "Connection names"),
         (b"Connection: transfer-encoding\r\n", "Connection names"),
         (b"Connection: Host\r\n", "Connection names"),
