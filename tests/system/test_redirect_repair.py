@@ -194,7 +194,13 @@ def test_thousands_of_networks_and_hundreds_of_routes_are_applied_at_once(bare):
 
 
 def test_a_kernel_that_refuses_is_a_redirect_error_that_says_what(bare):
-    text = f'[redirect]\n{CLIENTS}[[route]]\nname = "{"x" * 300}"\non_failure = "bypass"\n'
-    with pytest.raises(redirect.RedirectError, match="write table inet narrows"):
-        bare.apply(text)
+    config = bare.config(MIXED)
+
+    def the_first_step_twice():
+        first = redirect.plan(config)[0]
+        first.run()
+        redirect._run(first)
+
+    with pytest.raises(redirect.RedirectError, match="the kernel refused to add IPv4 rule"):
+        bare.gate(the_first_step_twice)
     assert "server" not in bare.outcomes()
