@@ -13,6 +13,10 @@ without the leniencies that it allows to a recipient:
 * Connection names neither of them, nor Host (a proxy behind would remove it);
 * at most one Host.
 
+llhttp, by way of httptools, is asked as well, and must accept the same lines: what one parser is
+blind to, the other is not likely to be. It is no more than that second opinion, as it tells neither
+where a field stands, which hiding needs, nor where a message ends, and knows some methods only.
+
 A `FieldReader` remembers how names are read, never values.
 """
 
@@ -20,6 +24,8 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 
 from appliance.wire.httpsecrets import Secrets, may_hold_parameters, redact, scheme
 
@@ -40,6 +46,7 @@ _LINE_BYTES = bytes(byte for byte in range(256) if byte == 9 or (byte >= 32 and 
 _NOT_A_LETTER = re.compile(rb"[^a-z]")
 _FRAMING = {b"content-length": b"Content-Length", b"transfer-encoding": b"Transfer-Encoding"}
 _USUAL_CONNECTIONS = frozenset({b"keep-alive", b"Keep-Alive", b"close", b"Upgrade", b"upgrade"})
+_NO_CALLBACKS = object()
 _MOST_NAMES = 2_048
 _MOST_KEPT_NAME_BYTES = 64
 
@@ -125,6 +132,7 @@ class FieldReader:
                 _READERS[role](fields, value)
         if fields.coding and fields.length >= 0:
             raise Malformed("both Content-Length and Transfer-Encoding")
+        _ask_llhttp(block)
         if fields.credentials:
             spans = self.secrets.in_lines(block[:-2])
         if spans:
@@ -166,6 +174,16 @@ class FieldReader:
 
     def _shown(self, value: bytes) -> str:
         return _text(redact(value, self.secrets.in_text(value)))
+
+
+def _ask_llhttp(block: bytes) -> None:
+    """Raise Malformed when llhttp does not accept the lines of `block` in a head."""
+    try:
+        HttpRequestParser(_NO_CALLBACKS).feed_data(b"POST / HTTP/1.1\r\n" + block + b"\r\n")
+    except HttpParserUpgrade:
+        pass  # it would go on with another protocol: an Upgrade header is there
+    except HttpParserError as wrong:
+        raise Malformed(f"a head that llhttp refuses: {wrong}") from wrong
 
 
 def _text(value: bytes) -> str:
