@@ -134,7 +134,8 @@ def test_what_llhttp_does_not_accept_is_refused(reader, line):
 PIECES = [
     b"Host", b"Content-Length", b"Transfer-Encoding", b"Connection", b"X-A", b"Upgrade", b"TE",
     b"content-length", b"Content_Length", b":", b": ", b":\t", b"0", b"1", b"00", b"chunked",
-    b"gzip", b", ", b"close", b"upgrade", b"identity", b" ", b"\t", b"\r\n", b"\r\n", b"\r", b"\n", b"\xff",
+    b"gzip", b", ", b"close", b"upgrade", b"identity", b" ", b"\t", b"\r\n", b"\r\n", b"\r", b"\n",
+    b"\xff",
     b"\0", b"\x0b", b"\x7f", b"a",
 ]  # fmt: skip
 
