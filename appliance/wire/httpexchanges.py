@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from appliance.wire.httphead import Fields
     from appliance.wire.httpstart import RequestLine
 
+MOST_PLACE_CHARS = 1_024
 MOST_PENDING = 128  #: outstanding answers; with more the client is not read
 
 
@@ -66,7 +67,7 @@ class Exchanges:
     def ask(self, line: RequestLine, fields: Fields, offset: int, length: int) -> Exchange:
         """Write the Operation of a request and expect its answer."""
         host = line.host or fields.host or ""
-        place = f"{host}{line.path}"
+        place = f"{host}{line.path}"[:MOST_PLACE_CHARS]
         self._last = number = self._last + 1
         operation = Operation(
             number, line.verb, line.text, offset, length, (place,),

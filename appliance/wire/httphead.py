@@ -13,6 +13,10 @@ without the leniencies that it allows to a recipient:
 * Connection names neither of them, nor Host (a proxy behind would remove it);
 * at most one Host.
 
+llhttp, by way of httptools, is asked as well, and must accept the same lines: what one parser is
+blind to, the other is not likely to be. It is no more than that second opinion, as it tells neither
+where a field stands, which hiding needs, nor where a message ends, and knows some methods only.
+
 A `FieldReader` remembers how names are read, never values.
 """
 
@@ -20,6 +24,8 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 
 from appliance.wire.httpsecrets import Secrets, may_hold_parameters, redact, scheme
 
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
 CHUNKED = -1  #: "length" of a body that comes in chunks
 TILL_END = -2  #: "length" of a body that ends with the connection
 MOST_FIELDS = 256
+MOST_NAME_BYTES = 256
 MOST_FACT_CHARS = 256
 
 _TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -39,8 +46,9 @@ _LINE_BYTES = bytes(byte for byte in range(256) if byte == 9 or (byte >= 32 and 
 _NOT_A_LETTER = re.compile(rb"[^a-z]")
 _FRAMING = {b"content-length": b"Content-Length", b"transfer-encoding": b"Transfer-Encoding"}
 _USUAL_CONNECTIONS = frozenset({b"keep-alive", b"Keep-Alive", b"close", b"Upgrade", b"upgrade"})
+_NO_CALLBACKS = object()
 _MOST_NAMES = 2_048
-_MOST_NAME_BYTES = 64
+_MOST_KEPT_NAME_BYTES = 64
 
 #: Headers that a record shows. Their values are cut at MOST_FACT_CHARS, secrets in them hidden.
 FACTS = frozenset({
@@ -124,6 +132,7 @@ class FieldReader:
                 _READERS[role](fields, value)
         if fields.coding and fields.length >= 0:
             raise Malformed("both Content-Length and Transfer-Encoding")
+        _ask_llhttp(block)
         if fields.credentials:
             spans = self.secrets.in_lines(block[:-2])
         if spans:
@@ -133,6 +142,8 @@ class FieldReader:
     def check(self, line: bytes) -> None:
         """Raise Malformed unless `line` is a field line, or the beginning of one."""
         name, colon, _ = line.partition(b":")
+        if len(name) > MOST_NAME_BYTES:
+            raise Malformed("a header name that is too long", 431)
         if colon or name[:1] in (b" ", b"\t"):
             if name not in self._names:
                 self._learn(name, line)
@@ -147,6 +158,8 @@ class FieldReader:
             raise Malformed("a header line without a colon")
         if not name or name.translate(None, _TOKEN):
             raise Malformed("a header name that is no token")
+        if len(name) > MOST_NAME_BYTES:
+            raise Malformed("a header name that is too long", 431)
         lower = name.lower()
         meant = _FRAMING.get(_NOT_A_LETTER.sub(b"-", lower))
         if meant is not None and lower not in _FRAMING:
@@ -155,12 +168,22 @@ class FieldReader:
         role = _ROLES.get(key, _FACT if key in FACTS else _PLAIN)
         if key in self.secrets.headers and role in (_PLAIN, _FACT):
             role = _SECRET
-        if len(name) <= _MOST_NAME_BYTES and len(self._names) < _MOST_NAMES:
+        if len(name) <= _MOST_KEPT_NAME_BYTES and len(self._names) < _MOST_NAMES:
             self._names[name] = (key, role)
         return key, role
 
     def _shown(self, value: bytes) -> str:
         return _text(redact(value, self.secrets.in_text(value)))
+
+
+def _ask_llhttp(block: bytes) -> None:
+    """Raise Malformed when llhttp does not accept the lines of `block` in a head."""
+    try:
+        HttpRequestParser(_NO_CALLBACKS).feed_data(b"POST / HTTP/1.1\r\n" + block + b"\r\n")
+    except HttpParserUpgrade:
+        pass  # it would go on with another protocol: an Upgrade header is there
+    except HttpParserError as wrong:
+        raise Malformed(f"a head that llhttp refuses: {wrong}") from wrong
 
 
 def _text(value: bytes) -> str:
@@ -213,6 +236,8 @@ def _read_connection(_fields: Fields, value: bytes) -> None:
 def _read_host(fields: Fields, value: bytes) -> None:
     if fields.host is not None:
         raise Malformed("more than one Host")
+    if len(value) > MOST_NAME_BYTES:
+        raise Malformed("a Host that is too long")
     fields.host = value.lower().decode("utf-8", "backslashreplace")
 
 

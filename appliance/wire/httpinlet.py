@@ -9,16 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from appliance.sansio import CLIENT, UPSTREAM, Audit, Effect, Forward, Hide, Relay, Side
-from appliance.wire.httphead import FieldReader, Malformed, check_lines
 from appliance.wire.httpsecrets import clip
+from appliance.wire.httpunfinished import Unfinished
 from capture.records import Withheld
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from appliance.wire.httphead import FieldReader
     from appliance.wire.httpsecrets import Span
 
-MOST_HEAD_BYTES = 64 * 1024
 #: With less to come of a body, it is received with what follows it: a call costs more than a copy.
 LEAST_RELAY_BYTES = 64 * 1024
 LEAST_CHUNK_RELAY_BYTES = 16 * 1024
@@ -29,7 +29,7 @@ TAIL_BYTES = 4 * 1024
 class Inlet:
     """Buffers one side."""
 
-    __slots__ = ("_fields", "_fresh", "_mark", "_start", "_to", "at", "end", "kept", "side")
+    __slots__ = ("_fields", "_fresh", "_to", "_unfinished", "at", "end", "kept", "side")
 
     def __init__(self, side: Side, fields: FieldReader) -> None:
         self.side = side
@@ -39,8 +39,7 @@ class Inlet:
         self.at = 0  #: where `kept` begins in the half-stream
         self.end = 0  #: where the bytes that were given so far end
         self._fresh = 0  #: position in the buffer of the first byte that can be hidden
-        self._start = 0  #: where the head that is not whole begins in the half-stream
-        self._mark = 0  #: how many bytes of it are whole lines, and checked
+        self._unfinished: Unfinished | None = None
 
     def take(self, data: bytes | memoryview, offset: int) -> bytes:
         """Return the buffer: what was kept, and `data`, which stands at `offset`."""
@@ -71,31 +70,16 @@ class Inlet:
         return spans
 
     def unfinished(self, buffer: bytes, start: int, out: list[Effect], *, line_bytes: int) -> bytes:
-        """Check and hide what came of lines that begin at `start` and are not whole as a head.
+        """Check and hide what came of a head, or of trailers, from `start` on and is not whole.
 
         Returns the first line when it became whole in this event; its check is the caller's, as it
         is no field line. A trailer has none: `line_bytes` is then 0, else the most of it. Raises
         Malformed.
         """
-        if len(buffer) - start > MOST_HEAD_BYTES:
-            raise Malformed("a head that is too long", 431)
-        if self._start != self.at + start:
-            self._start, self._mark = self.at + start, 0
-        at = start + self._mark
-        rest = buffer[at:-1] if buffer.endswith(b"\r") else buffer[at:]
-        check_lines(rest)
-        first = b""
-        lines = rest.split(b"\r\n")
-        self.hide(self._fields.secrets.in_lines(rest), at, out)
-        if line_bytes and not self._mark:
-            if len(lines) == 1 and len(rest) > line_bytes:
-                raise Malformed("a first line that is too long", 414)
-            first = lines.pop(0) if len(lines) > 1 else b""
-            if not first:
-                return b""
-        for line in lines:
-            self._fields.check(line)
-        self._mark = at - start + len(rest) - len(lines[-1])
+        if self._unfinished is None or self._unfinished.offset != self.at + start:
+            self._unfinished = Unfinished(self._fields, self.at + start, line_bytes)
+        spans, first = self._unfinished.look(buffer, start)
+        self.hide(spans, 0, out)
         return first
 
     def release(self, buffer: bytes, upto: int, out: list[Effect]) -> None:
@@ -104,6 +88,7 @@ class Inlet:
             if buffer:
                 out.append(Forward(self._to, buffer))
             self.kept = b""
+            self._unfinished = None
         else:
             if upto:
                 out.append(Forward(self._to, buffer[:upto]))

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 from appliance.sansio import CLIENT, SetTimer
 from appliance.wire.httpchunks import Chunks, Part
 from appliance.wire.httphead import CHUNKED, FieldReader, Fields, Malformed
-from appliance.wire.httpinlet import MOST_HEAD_BYTES, Inlet
+from appliance.wire.httpinlet import Inlet
 from appliance.wire.httpsecrets import redact
 from appliance.wire.httpstart import MOST_LINE_BYTES, LineReader, RequestLine
+from appliance.wire.httpunfinished import MOST_HEAD_BYTES
 
 if TYPE_CHECKING:
     from appliance.wire.httpexchanges import Exchange, Exchanges
@@ -58,18 +59,8 @@ class Requests:
     """Decodes what the client sends."""
 
     __slots__ = (
-        "_blank",
-        "_block",
-        "_chunks",
-        "_exchange",
-        "_exchanges",
-        "_fields",
-        "_left",
-        "_lines",
-        "_meant",
-        "_timed",
-        "inlet",
-        "state",
+        "_blank", "_block", "_chunks", "_exchange", "_exchanges", "_fields", "_left", "_lines",
+        "_meant", "_timed", "inlet", "state",
     )  # fmt: skip
 
     def __init__(self, exchanges: Exchanges, lines: LineReader, fields: FieldReader) -> None:
@@ -89,13 +80,14 @@ class Requests:
     def feed(self, data: bytes | memoryview, offset: int) -> None:
         """Decode bytes that stand at `offset` of the client's half-stream."""
         inlet = self.inlet
-        if offset != inlet.end:
-            self.passed(offset - inlet.end)
+        passed = offset - inlet.end
         buffer = inlet.take(data, offset)
         if self.state is _DONE:
             inlet.discard(buffer, self._exchanges.out)
-        else:
-            self._walk(buffer)
+            return
+        if passed:
+            self.passed(passed)
+        self._walk(buffer)
 
     def passed(self, length: int) -> None:
         """Note that `length` bytes of a body passed elsewhere."""

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 from appliance.sansio import FOREVER, UPSTREAM, Audit, Relay, SetTimer
 from appliance.wire.httpchunks import Chunks, Part
 from appliance.wire.httphead import CHUNKED, TILL_END, FieldReader, Fields, Malformed
-from appliance.wire.httpinlet import MOST_HEAD_BYTES, Inlet
+from appliance.wire.httpinlet import Inlet
 from appliance.wire.httpstart import MOST_LINE_BYTES, LineReader, StatusLine
+from appliance.wire.httpunfinished import MOST_HEAD_BYTES
 from capture.records import Fact
 
 if TYPE_CHECKING:
@@ -78,13 +79,14 @@ class Responses:
     def feed(self, data: bytes | memoryview, offset: int) -> None:
         """Decode bytes that stand at `offset` of the upstream's half-stream."""
         inlet = self.inlet
-        if offset != inlet.end:
-            self.passed(offset - inlet.end)
+        passed = offset - inlet.end
         buffer = inlet.take(data, offset)
         if self.state is _DONE:
             inlet.discard(buffer, self._exchanges.out)
-        else:
-            self._walk(buffer)
+            return
+        if passed:
+            self.passed(passed)
+        self._walk(buffer)
 
     def passed(self, length: int) -> None:
         """Note that `length` bytes of a body passed elsewhere."""

@@ -114,17 +114,28 @@ class Secrets:
 
     def in_text(self, text: bytes) -> list[Span]:
         """Return the spans of secret parameters in a request line, a header's value, or lines."""
+        return self.scan(text)[0]
+
+    def scan(self, text: bytes) -> tuple[list[Span], re.Pattern[bytes] | None]:
+        """Return the spans of secret parameters, and how a value that reaches the end goes on."""
         found: list[Span] = []
+        covered = 0  # up to here another value is secret already
+        goes_on = None
         for match in _MARK.finditer(text):
             name = match[1]
+            if match.start() < covered:
+                continue
             if name is None:
                 found.append((match.start(2), match.end(2), "userinfo"))
             elif self._is_secret(name):
-                pattern = _MATRIX_VALUE if text[match.start()] == ord(";") else _VALUE
+                matrix = text[match.start()] == ord(";")
+                pattern = _MATRIX_VALUE if matrix else _VALUE
                 value = pattern.match(text, match.end())
                 if value is not None:
                     found.append((value.start(), value.end(), "parameter"))
-        return _merged(found) if len(found) > 1 else found
+                    covered = covered if matrix else value.end()
+                    goes_on = pattern if value.end() == len(text) else goes_on
+        return (_merged(found) if len(found) > 1 else found), goes_on
 
     def _is_secret(self, name: bytes) -> bool:
         found = self._known.get(name)
@@ -140,12 +151,17 @@ class Secrets:
         What is hidden of a byte depends on those before it only, never on how a line was cut: so a
         scheme is hidden with its credential, and trailing blanks with theirs.
         """
-        name, colon, value = line.partition(b":")
-        key = name.decode("latin-1").lower()
-        if not colon or key not in self.headers:
+        key = self.header(line)
+        if not key:
             return self.in_text(line)
-        start = len(line) - len(value.lstrip(b" \t"))
+        start = len(key) + 1
+        start += len(line) - start - len(line[start:].lstrip(b" \t"))
         return [(start, len(line), key)] if start < len(line) else []
+
+    def header(self, line: bytes) -> str:
+        """Return the name of a field line when it is a secret header's, else ""."""
+        key = line.partition(b":")[0].decode("latin-1").lower()
+        return key if key in self.headers and len(key) < len(line) else ""
 
     def in_lines(self, lines: bytes) -> list[Span]:
         """Return the spans of lines, the last of which may not be whole."""

@@ -85,6 +85,13 @@ def test_a_request_becomes_an_operation_and_its_answer_a_result(talk):
     assert talk.relayed == {CLIENT: request, UPSTREAM: answer}
 
 
+def test_a_place_is_bounded(talk):
+    talk.feed(CLIENT, b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: h\r\n\r\n")
+    (operation,) = talk.of(Operation)
+    assert len(operation.tables[0]) == 1_024
+    assert len(operation.text) > 20_000
+
+
 def test_a_duration_runs_from_the_last_byte_asked_to_the_last_answered():
     one = layer()
     request = b"PUT /a HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n\r\n12"

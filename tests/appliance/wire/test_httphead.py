@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from appliance.wire.httphead import MOST_FACT_CHARS, FieldReader, Malformed, check_lines
@@ -27,7 +29,7 @@ def test_no_fields_at_all_are_fields(reader):
 
 
 def test_chunked_is_read_however_it_is_spelled(reader):
-    for coding in (b"chunked", b"Chunked", b" \tCHUNKED\t "):
+    for coding in (b"chunked", b"Chunked", b" \tCHUNKED  "):
         fields = reader.read(b"Transfer-Encoding:" + coding + b"\r\n")
         assert fields.coding == b"chunked"
     assert reader.read(b"Transfer-Encoding: gzip, chunked\r\n").coding == b"gzip, chunked"
@@ -92,6 +94,8 @@ def test_a_header_of_facts_that_is_configured_as_secret_is_no_fact():
         (b"content.length: 1\r\n", "take for Content-Length"),
         (b"Host: a\r\nHost: a\r\n", "more than one Host"),
         (b"Host:\r\nhost: a\r\n", "more than one Host"),
+        (b"Host: " + b"a" * 300 + b"\r\n", "too long"),
+        (b"X" * 300 + b": a\r\n", "too long"),
         (b"Connection: close, Content-Length\r\n", "Connection names"),
         (b"Connection: transfer-encoding\r\n", "Connection names"),
         (b"Connection: Host\r\n", "Connection names"),
@@ -119,6 +123,37 @@ def test_fields_that_could_be_read_in_two_ways_are_refused(reader, block, reason
     for _ in range(2):
         with pytest.raises(Malformed, match=reason):
             reader.read(block)
+
+
+@pytest.mark.parametrize("line", [b"Transfer-Encoding: chunked\t", b"Content-Length: 5\t5"])
+def test_what_llhttp_does_not_accept_is_refused(reader, line):
+    with pytest.raises(Malformed):
+        reader.read(line + b"\r\n")
+
+
+PIECES = [
+    b"Host", b"Content-Length", b"Transfer-Encoding", b"Connection", b"X-A", b"Upgrade", b"TE",
+    b"content-length", b"Content_Length", b":", b": ", b":\t", b"0", b"1", b"00", b"chunked",
+    b"gzip", b", ", b"close", b"upgrade", b"identity", b" ", b"\t", b"\r\n", b"\r\n", b"\r", b"\n",
+    b"\xff",
+    b"\0", b"\x0b", b"\x7f", b"a",
+]  # fmt: skip
+
+
+def test_llhttp_has_nothing_to_add_but_tabs(reader):
+    """So a hole in the reader would have to be one in llhttp, too, before it can be used."""
+    generator = random.Random(7)
+    refused = {}
+    for _ in range(40_000):
+        count = generator.randint(1, 14)
+        block = b"".join(generator.choice(PIECES) for _ in range(count)) + b"\r\n"
+        try:
+            reader.read(block)
+        except Malformed as wrong:
+            refused[block] = str(wrong)
+    assert 1_000 < len(refused) < 39_000
+    by_llhttp = [block for block, reason in refused.items() if "llhttp" in reason]
+    assert all(b"\t" in block for block in by_llhttp)
 
 
 def test_a_length_that_begins_with_zero_is_marked(reader):

@@ -24,6 +24,8 @@ def shown(text, spans):
         (b"/a?x=1;token=a;b&y=2", "/a?x=1;token=[hidden];b&y=2"),
         (b"/a?token=a;b&y=2", "/a?token=[hidden]&y=2"),
         (b"/a?token=a?b", "/a?token=[hidden]"),
+        (b"/a;pwd=%3Ftoken%3Dab?c&d", "/a;pwd=[hidden]&d"),
+        (b"/a?token=a&token=b", "/a?token=[hidden]&token=[hidden]"),
         (b"/a?token=", "/a?token="),
         (b"/a?token", "/a?token"),
         (b"/a?ourkey=1&our_key=2", "/a?ourkey=[hidden]&our_key=[hidden]"),
@@ -123,6 +125,7 @@ def test_only_schemes_that_are_known_are_shown():
     "text",
     [
         b"?" * 60_000, b"&a" * 30_000, b"%25" * 20_000, b"://" * 20_000, b"?a=" * 20_000,
+        b"?token=a" * 8_000,
         b"://" + b"a" * 60_000, b"?" + b"%25" * 20_000, b"Cookie" * 10_000, b"Cookie:\n " * 8_000,
         b"Cookie: a\n\n\n\n\n" * 5_000 + b"\n" * 20_000, b";" * 60_000,
     ],
