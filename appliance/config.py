@@ -129,6 +129,16 @@ class Sensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Review:
+    """[review]"""
+
+    address: str = "127.0.0.1"  #: address that the review API listens on; never a client network's
+    port: int = 8443  #: and its port
+    certificate: str = ""  #: PEM file; "" is review.crt in the state directory, made by itself
+    key: str = ""  #: PEM file, mode 0600; "" is review.key in the state directory
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """[[route]], first match wins"""
 
@@ -182,6 +192,7 @@ class Config:
     evidence: Evidence = field(default_factory=Evidence)
     attribution: Attribution = field(default_factory=Attribution)
     sensor: Sensor = field(default_factory=Sensor)
+    review: Review = field(default_factory=Review)
     route: tuple[Route, ...] = ()
     account: tuple[Account, ...] = ()
     file: str = ""
@@ -293,6 +304,7 @@ class _Reader:
             raise self.fail("evidence.segment_bytes", "must be a multiple of 4096, 8388608 or more")
         if config.evidence.chunk_count < 3:
             raise self.fail("evidence.chunk_count", "must be 3 or more")
+        self._check_review(config.review)
         for kind, entries in (("route", config.route), ("account", config.account)):
             names = [entry.name for entry in entries]
             double = next((name for name in names if names.count(name) > 1), None)
@@ -307,6 +319,19 @@ class _Reader:
         for account in config.account:
             if account.match == Match():
                 raise self.fail("account.match", f"account {account.name!r} has no selector")
+
+    def _check_review(self, review: Review) -> None:
+        try:
+            ipaddress.ip_address(review.address)
+        except ValueError as wrong:
+            raise self.fail("review.address", "must be an IP address") from wrong
+        if not 1 <= review.port <= 65535:
+            raise self.fail("review.port", "must be a port")
+        for name, path in (("certificate", review.certificate), ("key", review.key)):
+            if path and not path.startswith("/"):
+                raise self.fail(f"review.{name}", "must be an absolute path")
+        if bool(review.certificate) != bool(review.key):
+            raise self.fail("review.key", "certificate and key belong together", "give both")
 
 
 def _network(value: Any) -> Network:

@@ -1,4 +1,4 @@
-"""`narrows serve gate|seal`: one process of the appliance, until SIGTERM."""
+"""`narrows serve gate|seal|review`: one process of the appliance, until SIGTERM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's words."""
     settings.add_config(parser)
-    parser.add_argument("process", choices=["gate", "seal"])
+    parser.add_argument("process", choices=["gate", "seal", "review"])
     parser.add_argument("--worker", type=int, default=0, help="number of the gate worker")
 
 
@@ -26,4 +26,4 @@ def run(words: argparse.Namespace) -> int:
     config = settings.chosen(words)
     if words.process == "gate":
         return daemon.gate(config, words.worker)
-    return daemon.seal(config)
+    return daemon.seal(config) if words.process == "seal" else daemon.review(config)
