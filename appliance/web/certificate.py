@@ -24,7 +24,15 @@ from capture.ledger import sync_directory, write_file
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from appliance.config import Config
+
 DAYS = 3650
+
+
+def files(config: Config) -> tuple[Path, Path]:
+    """Return the paths of the certificate and its key."""
+    state, review = config.paths.state, config.review
+    return state / (review.certificate or "review.crt"), state / (review.key or "review.key")
 
 
 def context(certificate: Path, key: Path) -> ssl.SSLContext:

@@ -34,7 +34,6 @@ from capture.errors import EvidenceError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from pathlib import Path
 
     from appliance.config import Config
     from appliance.web.tokens import Token
@@ -56,6 +55,7 @@ HEADERS = {
     "Cache-Control": "no-store",
     "Server": "narrows",
 }
+_BEGUN = "begun"  #: of a request: its answer's head was sent
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="narrows"'}
 
 
@@ -93,7 +93,7 @@ class Server:
 
     async def start(self) -> None:
         """Listen; KeyFileError without a certificate, OSError when the address cannot be had."""
-        names = files(self._config)
+        names = certificate.files(self._config)
         certificate.ensure(*names, self._config.review.address)
         tls = certificate.context(*names)
         await self._runner.setup()
@@ -115,15 +115,6 @@ class Server:
             self._listening.close()
         await self._runner.cleanup()
         self.review.close()
-
-
-def files(config: Config) -> tuple[Path, Path]:
-    """Return the paths of the certificate and its key."""
-    state, review = config.paths.state, config.review
-    return (
-        state / (review.certificate or "review.crt"),
-        state / (review.key or "review.key"),
-    )
 
 
 def application(review: Review) -> web.Application:
@@ -150,6 +141,7 @@ def partial_middleware(review: Review) -> Any:
         try:
             response = await handler(request)
         except Problem as problem:
+            _nothing_sent(request)
             response = _told(request, problem)
         except web.HTTPException as wrong:
             response = _told(request, of_http(wrong))
@@ -158,6 +150,7 @@ def partial_middleware(review: Review) -> Any:
         except Exception:
             bug = Problem("internal", "it is in the log under this reference")
             log.exception("%s: %s %s", bug.reference, request.method, request.path)
+            _nothing_sent(request)
             response = bug.response()
         finally:
             review.connections.ended(request.protocol)
@@ -246,6 +239,14 @@ def _told(request: web.Request, problem: Problem) -> web.Response:
     return problem.response()
 
 
+def _nothing_sent(request: web.Request) -> None:
+    """Cut an answer that has begun: a second one must not be taken for the rest of the first."""
+    if _BEGUN in request:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("the answer is cut")
+
+
 async def _secured(request: web.Request, response: web.StreamResponse) -> None:
-    del request
+    request[_BEGUN] = True
     response.headers.update(HEADERS)

@@ -80,6 +80,17 @@ class UnknownToken(Exception):
     """No token has this id or name, or it is revoked already."""
 
 
+def make(role: Role, name: str = "") -> tuple[str, Token]:
+    """Return a new token's text, which is kept nowhere, and what is to be kept of it.
+
+    ValueError for a name that is too long or cannot be printed on one line.
+    """
+    if len(name) > MOST_NAME or not name.isprintable() or not name.isascii():
+        raise ValueError(f"a name has at most {MOST_NAME} plain letters")
+    text = PREFIX + secrets.token_urlsafe(32)
+    return text, Token(secrets.token_hex(4), name, role, _digest(text), rfc3339(time.time_ns()))
+
+
 class Tokens:
     """The tokens of one state directory."""
 
@@ -88,34 +99,31 @@ class Tokens:
         self._seen: tuple[int, int, int] | None = None
         self._good: dict[str, Token] = {}
 
-    def create(self, role: Role, name: str = "") -> tuple[str, Token]:
-        """Return a new token's text, which is kept nowhere, and what is kept of it.
-
-        ValueError for a name that is too long or cannot be printed on one line.
-        """
-        if len(name) > MOST_NAME or not name.isprintable():
-            raise ValueError(f"a name has at most {MOST_NAME} letters that can be printed")
-        text = PREFIX + secrets.token_urlsafe(32)
-        token = Token(secrets.token_hex(4), name, role, _digest(text), rfc3339(time.time_ns()))
+    def add(self, token: Token) -> None:
+        """Keep a token: from now on it is good."""
         with self._alone():
             self._write([*self.all(), token])
-        return text, token
 
-    def revoke(self, which: str) -> list[Token]:
-        """Revoke the token of this id, or all good ones of this name; UnknownToken when there is
-        none.
+    def chosen(self, which: str) -> list[Token]:
+        """Return the good token of this id, or all good ones of this name; UnknownToken when there
+        is none.
         """
+        good = [token for token in self.all() if token.revoked is None]
+        found = [t for t in good if t.id == which] or [t for t in good if which and t.name == which]
+        if not found:
+            raise UnknownToken(which)
+        return found
+
+    def revoke(self, tokens: list[Token]) -> None:
+        """Revoke tokens: from now on they are refused."""
+        gone = {token.id for token in tokens}
+        now = rfc3339(time.time_ns())
         with self._alone():
-            tokens = self.all()
-            good = [token for token in tokens if token.revoked is None]
-            chosen = [t for t in good if t.id == which] or [
-                t for t in good if t.name == which and which
+            kept = [
+                replace(t, revoked=now) if t.id in gone and t.revoked is None else t
+                for t in self.all()
             ]
-            if not chosen:
-                raise UnknownToken(which)
-            now = rfc3339(time.time_ns())
-            self._write([replace(t, revoked=now) if t in chosen else t for t in tokens])
-        return chosen
+            self._write(kept)
 
     def all(self) -> list[Token]:
         """Return every token, revoked ones too; KeyFileError when the file cannot be used."""

@@ -27,7 +27,7 @@ def test_a_lab_that_is_up_says_who_runs(stage):
     assert status["namespaces"] == stage.place.topology.namespaces
     roles = sorted(process["role"] for process in status["processes"])
     workers = ["gate"] * (os.cpu_count() or 1)
-    assert roles == sorted([*workers, "seal", "sensor", "supervisor"])
+    assert roles == sorted([*workers, "review", "seal", "sensor", "supervisor"])
 
 
 @pytest.mark.parametrize("address", [SERVER4, SERVER6])
@@ -86,7 +86,7 @@ def test_an_unknown_account_is_a_key_error_that_names_it(stage):
 
 def test_processes_that_die_are_started_again(make_stage):
     stage = make_stage()
-    for role in ("gate", "seal", "sensor"):
+    for role in ("gate", "seal", "sensor", "review"):
         before = stage.pids(role)
         os.kill(before[0], signal.SIGKILL)
         wait_for(lambda role=role, before=before: len(stage.pids(role)) == len(before)
@@ -162,5 +162,5 @@ def test_the_command_line_runs_the_lab(the_lab, tmp_path):
     assert "did you mean 'workers'" in refused.stderr
     assert the_lab("down").returncode == 0
     assert json.loads(the_lab("status", "--json").stdout) == {
-        "up": False, "namespaces": [], "processes": [],
+        "up": False, "namespaces": [], "processes": [], "api": None,
     }  # fmt: skip
