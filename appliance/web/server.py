@@ -55,7 +55,7 @@ HEADERS = {
     "Cache-Control": "no-store",
     "Server": "narrows",
 }
-_BEGUN = "begun"  #: of a request: its answer's head was sent
+_BEGUN = web.RequestKey("begun", bool)  #: its answer's head was sent
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="narrows"'}
 
 
