@@ -220,6 +220,20 @@ def extents(index: Index, wanted: int) -> Iterator[Extent]:
     return (Extent(*row) for row in rows)
 
 
+def commit_of(index: Index, wanted: int, offset: int, *, up: bool) -> tuple[int, int]:
+    """Return (generation, number) of the commit that holds a byte of a half-stream, or would if it
+    had been recorded: the last one whose bytes begin at or before `offset`. (0, 0) when there is
+    none.
+    """
+    at = "up_at" if up else "down_at"
+    row = index.db.execute(
+        f"SELECT generation, number FROM extent WHERE session = ? AND {at} <= ?"  # noqa: S608 - one of two words
+        " ORDER BY generation DESC, number DESC LIMIT 1",
+        (stored(wanted), offset),
+    ).fetchone()
+    return (0, 0) if row is None else (row[0], row[1])
+
+
 def events(index: Index, *kinds: int) -> Iterator[Event]:
     """Yield the records of these kinds, oldest first."""
     marks = ", ".join("?" * len(kinds))

@@ -136,8 +136,8 @@ class Reader:
     def stream(self, session: int, side: Side, start: int = 0) -> Iterator[Piece]:
         """Yield the bytes of one half-stream in order. A jump in `offset` was not recorded.
 
-        With `start`, commits that only hold bytes before it are passed over, so that the first
-        pieces may end before it, and none is missing after it.
+        With `start`, commits that only hold bytes before it are passed over: what hides bytes of a
+        frame never comes before the frame.
 
         The records that name hidden ranges follow the frame that holds them, before the next frame
         of that side: one frame is held back until they are known.
@@ -145,7 +145,13 @@ class Reader:
         held: Frame | None = None
         hidden: list[tuple[int, int, str]] = []
         sender = "client" if side in (Side.UP, Side.UP_OWN) else "upstream"
-        for frame in self._frames(session, _from(side, start)):
+        first = (0, 0)
+        if start and self._index is not None and side in (Side.UP, Side.DOWN):
+            first = index_query.commit_of(self._index, session, start, up=side is Side.UP)
+        holds = _HOLDS[side]
+        for frame in self._frames(
+            session, lambda extent: (extent.generation, extent.number) >= first and holds(extent)
+        ):
             if frame.kind == side.value:
                 if held is not None:
                     yield from _pieces(held, hidden)
@@ -233,25 +239,6 @@ _HOLDS: dict[Side, Callable[[Extent], bool]] = {
     Side.UP_OWN: lambda extent: extent.others > 0,
     Side.DOWN_OWN: lambda extent: extent.others > 0,
 }
-
-
-def _from(side: Side, start: int) -> Callable[[Extent], bool]:
-    """Return what says whether a commit is wanted, asked in their order: nothing before the one
-    that holds the byte at `start`. What hides bytes of a frame never comes before the frame.
-    """
-    holds = _HOLDS[side]
-    if not start or side not in (Side.UP, Side.DOWN):
-        return holds
-    reached = False
-
-    def wanted(extent: Extent) -> bool:
-        nonlocal reached
-        up = side is Side.UP
-        at, length = (extent.up_at, extent.up_bytes) if up else (extent.down_at, extent.down_bytes)
-        reached = reached or (at is not None and at + length > start)
-        return reached and holds(extent)
-
-    return wanted
 
 
 def _pieces(frame: Frame, hidden: list[tuple[int, int, str]]) -> Iterator[Piece]:

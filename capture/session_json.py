@@ -8,7 +8,7 @@ RFC 3339 in UTC, absent ones null.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 from capture import records
 from capture.exchange import exchanges
@@ -70,6 +70,8 @@ class EventObject(TypedDict):
 @dataclass(slots=True)
 class ResultObject(records.Result):
     """How an operation ended: the Result record without its operation's number."""
+
+    ABSENT: ClassVar = frozenset({"op"})
 
 
 @dataclass(slots=True, kw_only=True)

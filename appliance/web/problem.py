@@ -9,7 +9,7 @@ from __future__ import annotations
 import http
 import json
 import secrets
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from aiohttp import web
 
@@ -39,7 +39,11 @@ KINDS = {
 }
 
 
-class ProblemObject(TypedDict):
+class _Blamed(TypedDict, total=False):
+    parameter: str  #: the one to blame
+
+
+class ProblemObject(_Blamed):
     """An error (RFC 9457)."""
 
     type: str
@@ -47,7 +51,6 @@ class ProblemObject(TypedDict):
     status: int
     detail: str
     reference: str
-    parameter: NotRequired[str]
 
 
 class Problem(Exception):

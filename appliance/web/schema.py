@@ -1,7 +1,7 @@
 """JSON Schema (2020-12) of the types that the API gives and takes: what openapi.json is made of.
 
 Understood are the plain types, None, unions, Literal, Enum, list, tuple, dict, TypedDict, and
-dataclasses. Named types become components and are referred to.
+dataclasses (but for the fields that their `ABSENT` names). Named types become components and are referred to.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ class Components:
             return {"anyOf": [self.of(item) for item in inner]}
         if origin is Literal:
             return {"type": "string", "enum": list(inner)}
-        if origin in (list, tuple):
-            return {"type": "array", "items": self.of(inner[0])} if inner else {"type": "array"}
+        if origin is list or (origin is tuple and inner[-1] is ...):
+            return {"type": "array", "items": self.of(inner[0])}
+        if origin is tuple:
+            return {"type": "array", "prefixItems": [self.of(item) for item in inner]}
         if origin is dict:
             return {"type": "object", "additionalProperties": self.of(inner[1])}
         if isinstance(kind, type) and issubclass(kind, Enum):
@@ -57,9 +59,11 @@ class Components:
     def _object(self, kind: Any, inner: tuple[Any, ...]) -> dict[str, Any]:
         hints = typing.get_type_hints(kind)
         if dataclasses.is_dataclass(kind):
-            required = [field.name for field in dataclasses.fields(kind)]
+            absent: frozenset[str] = getattr(kind, "ABSENT", frozenset())
+            required = [f.name for f in dataclasses.fields(kind) if f.name not in absent]
+            hints = {name: hints[name] for name in required}
         elif typing.is_typeddict(kind):
-            required = sorted(kind.__required_keys__, key=list(hints).index)
+            required = [name for name in hints if name in kind.__required_keys__]
         else:
             raise TypeError(f"{kind!r} has no schema")
         variables = dict(zip(getattr(kind, "__parameters__", ()), inner, strict=False))
@@ -67,7 +71,7 @@ class Components:
             "type": "object",
             "description": " ".join((inspect.getdoc(kind) or "").split()),
             "properties": {name: self._property(hint, variables) for name, hint in hints.items()},
-            "required": [name for name in required if name in hints],
+            "required": required,
         }
 
     def _property(self, hint: Any, variables: dict[Any, Any]) -> dict[str, Any]:
@@ -90,6 +94,6 @@ def of_parameter(field: parameters.Field) -> dict[str, Any]:
         told["type"] = "boolean"
     else:
         told = {"type": "integer", "minimum": given.least, "maximum": given.most}
-    if not field.required and field.default is not None and not isinstance(field.default, Enum):
+    if not field.required and field.default is not None and given.parse is None:
         told["default"] = field.default
     return told

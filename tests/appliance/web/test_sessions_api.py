@@ -1,9 +1,12 @@
 """Sessions over the API: lists and their pages, one session, its operations and records."""
 
 import json
+import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from review_evidence import Evidence
@@ -170,10 +173,6 @@ def test_a_running_session_is_listed_within_a_second_and_grows(api):
 
 
 def test_a_dead_gates_sessions_are_cut_without_any_other_process(api):
-    import os
-    import signal
-    import subprocess
-
     path = api.config.paths.state.parent
     script = (
         "import sys, time; sys.path.insert(0, sys.argv[2])\n"
@@ -182,9 +181,9 @@ def test_a_dead_gates_sessions_are_cut_without_any_other_process(api):
         "    s = gate.open(); gate.up(s, b'last words'); gate.commit()\n"
         "    print('there', flush=True); time.sleep(60)\n"
     )
-    folder = os.path.dirname(sys.modules[Evidence.__module__].__file__)
+    folder = str(Path(sys.modules[Evidence.__module__].__file__).parent)
     argv = [sys.executable, "-c", script, str(path), folder]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=os.getcwd()) as gate:
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as gate:
         assert gate.stdout.readline() == b"there\n"
         [session] = api.ok("/sessions")["items"]
         assert session["state"] == "running"
