@@ -20,7 +20,8 @@ MOST = 512
 class Connections:
     """When each connection last had a request."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle_s: float = IDLE_S, most: int = MOST) -> None:
+        self.idle_s, self.most = idle_s, most
         self._spoke: dict[object, float] = {}
 
     def began(self, connection: object) -> None:
@@ -40,7 +41,7 @@ class Connections:
             self._spoke = {each: self._spoke.get(each, now) for each in here}
             for number, each in enumerate(here):
                 spoke = self._spoke[each]
-                idle = now - spoke > IDLE_S
-                crowd = number >= MOST and spoke is not math.inf
+                idle = now - spoke > self.idle_s
+                crowd = number >= self.most and spoke is not math.inf
                 if (idle or crowd) and each.transport is not None:
                     each.transport.abort()

@@ -1,7 +1,8 @@
 """JSON Schema (2020-12) of the types that the API gives and takes: what openapi.json is made of.
 
 Understood are the plain types, None, unions, Literal, Enum, list, tuple, dict, TypedDict, and
-dataclasses (but for the fields that their `ABSENT` names). Named types become components and are referred to.
+dataclasses, but for the fields that their `ABSENT` names. Named types become components and are
+referred to.
 """
 
 from __future__ import annotations
