@@ -152,7 +152,7 @@ class Conversation:
 def _operation(fields: dict[str, Any]) -> list[str]:
     text = list(lines(fields["text"])) or ["(empty)"]
     denied = " DENIED" if fields["verdict"] == "denied" else ""
-    head = f">{fields['op']:3} {printable(fields['verb']) + denied:14}"
+    head = f">{fields['op']:3} {printable(fields['verb']) + denied:13} "
     binds = [f"${n} = {_value(value)}" for n, value in enumerate(fields["binds"], 1)]
     if fields["truncated"]:
         text.append("(the statement is longer)")
@@ -166,12 +166,12 @@ def _result(fields: dict[str, Any]) -> list[str]:
         said = [f"{fields['sqlstate']}: {fields['message']}"]
     mark = "!" if fields["status"] == "error" else "<"
     told = ", ".join(word for word in said if word)
-    return [f"{mark}{fields['op']:3} {fields['status']:14}{printable(told)}"]
+    return [f"{mark}{fields['op']:3} {fields['status']:13} {printable(told)}"]
 
 
 def _fact(fields: dict[str, Any]) -> list[str]:
     mark = "!" if fields["kind"] == "error" else "."
-    return [f"{mark}    {printable(fields['kind']):14}{_values(fields['fields'])}"]
+    return [f"{mark}    {printable(fields['kind']):13} {_values(fields['fields'])}"]
 
 
 def _detected(fields: dict[str, Any]) -> list[str]:

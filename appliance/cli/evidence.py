@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 #: What `log` shows: records that are not about one session's content.
 LOGGED = (
-    records.Gap, records.Access, records.Decision, records.Alarm, records.Refused, records.Start,
-    records.Stop, records.Recovered,
+    records.Gap, records.Access, records.Decision, records.Alarm, records.Refused, records.Flow,
+    records.Start, records.Stop, records.Recovered,
 )  # fmt: skip
-_NAMES = {kind.__name__.lower(): records.KINDS[kind] for kind in LOGGED}
+#: Only shown when asked for: one a worker every few seconds.
+FREQUENT = (records.Heartbeat,)
+_NAMES = {kind.__name__.lower(): records.KINDS[kind] for kind in (*LOGGED, *FREQUENT)}
 _WHOLE = re.compile("all|[0-9a-f]{8}|[0-9a-hjkmnp-tv-z]{13}")
 
 
@@ -40,9 +42,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "what", nargs="?", default="all", metavar="SEGMENT|SESSION|all", help="default: all"
     )
     checked.add_argument("--ledger-key", metavar="FILE|KEY", help="the log's key that you trust")
+    checked.add_argument(
+        "--checkpoint", metavar="FILE", action="append", default=[],
+        help="a checkpoint of the log that you kept; may be given several times",
+    )  # fmt: skip
     checked.add_argument("--json", action="store_true", help="print JSON")
     anew = verbs.add_parser("reindex", help="make the search index anew from the segments")
-    log = verbs.add_parser("log", help="gaps, reads, decisions, alarms, refusals, starts and stops")
+    log = verbs.add_parser(
+        "log", help="gaps, reads, decisions, alarms, refusals, flows, starts and stops"
+    )
     log.add_argument("--kind", choices=sorted(_NAMES), help="only this kind")
     log.add_argument("--json", action="store_true", help="print JSON")
     for verb in (checked, anew, log):
@@ -65,7 +73,8 @@ def _verify(opened: Evidence, words: argparse.Namespace) -> int:
             [session] = opened.named(index, "verify", [what])
         what = session.name
     opened.record("verify")
-    report = verify(opened.store.state, what, _ledger_key(words.ledger_key))
+    key, kept = _ledger_key(words.ledger_key), [_readable(name) for name in words.checkpoint]
+    report = verify(opened.store.state, what, key, kept=kept)
     print(plainjson.dumps(report.json()) if words.json else report.text())
     return report.exit_code
 
@@ -74,10 +83,17 @@ def _ledger_key(given: str | None) -> str | None:
     """Return the verifier key that a file or the word itself holds."""
     if given is None or "+" in given:
         return given
+    return _readable(given).read_text(encoding="utf-8").strip()
+
+
+def _readable(name: str) -> Path:
+    """Return the path of a file of plain text; Refusal when it cannot be read."""
+    path = Path(name)
     try:
-        return Path(given).read_text(encoding="ascii").strip()
+        path.read_text(encoding="utf-8")
     except (OSError, ValueError) as wrong:
-        raise Refusal(f"{given} cannot be read: {wrong}", code=USAGE) from wrong
+        raise Refusal(f"{printable(name)} cannot be read: {wrong}", code=USAGE) from wrong
+    return path
 
 
 def _reindex(opened: Evidence, words: argparse.Namespace) -> int:
@@ -93,7 +109,7 @@ def _reindex(opened: Evidence, words: argparse.Namespace) -> int:
 
 def _log(opened: Evidence, words: argparse.Namespace) -> int:
     opened.record("list")
-    kinds = [_NAMES[words.kind]] if words.kind else list(_NAMES.values())
+    kinds = [_NAMES[words.kind]] if words.kind else [records.KINDS[kind] for kind in LOGGED]
     with opened.index() as index:
         for entry in map(event_object, index_query.events(index, *kinds)):
             if words.kind is None and _is_read(entry["fields"]):

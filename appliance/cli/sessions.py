@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 TERMINAL_LIMIT = 100
 EXPORT_BATCH = 500  #: sessions that are named in the evidence before their bytes are shown
+_MOST = (1 << 63) - 1  #: of an integer in the index
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _COLUMNS = "{:13}  {:20}  {:16} {:28} {:11} {:21} {:>5} {:>10} {:>10}  {}"
 
@@ -96,34 +97,45 @@ def run(words: argparse.Namespace) -> int:
 
 
 def _time(text: str) -> int:
+    """Return nanoseconds; what the index cannot hold (years 1677 to 2262) is its first or last."""
     ago = re.fullmatch(r"(\d{1,9})([smhd])", text)
     if ago:
-        return time.time_ns() - int(ago[1]) * _UNITS[ago[2]] * 1_000_000_000
+        return _held(time.time_ns() - int(ago[1]) * _UNITS[ago[2]] * 1_000_000_000)
     try:
-        return nanoseconds(text)
+        return _held(nanoseconds(text))
     except (ValueError, OverflowError) as wrong:
         raise argparse.ArgumentTypeError(
             f"{printable(text)} is neither a time such as 2026-11-22T03:00:00Z nor a while like 2h"
         ) from wrong
 
 
+def _held(number: int) -> int:
+    return max(-_MOST, min(number, _MOST))
+
+
 def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{printable(text)} is no count")
-    return int(text)
+    if not text.isdecimal() or len(text) > 4000:
+        raise argparse.ArgumentTypeError(f"{printable(text[:100])} is no count")
+    return min(int(text), _MOST // 2)
 
 
 def _check_words(words: argparse.Namespace) -> None:
     """Refuse a search that cannot find anything. Words are compared with recorded texts, in which
     bytes that are no UTF-8 are backslash escapes.
     """
+    if words.account is not None:
+        words.account = _as_recorded(words.account)
     if words.query is None:
         return
-    words.query = words.query.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    words.query = _as_recorded(words.query)
     try:
         expressions(words.query)
     except NoWords as wrong:
         raise Refusal(f"-q {printable(words.query)}: {wrong}", code=USAGE) from wrong
+
+
+def _as_recorded(text: str) -> str:
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 # -- list

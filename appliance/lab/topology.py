@@ -117,7 +117,9 @@ def up(topology: Topology) -> None:
                 peer={"ifname": "mgmt0", "net_ns_fd": gate},
             )
             index = ip.link_lookup(ifname=topology.host_link)[0]
-            ip.addr("add", index=index, address=MANAGEMENT_HOST, prefixlen=24)
+            # Point to point: the rest of that network may be somewhere else for this machine.
+            peer4 = {"local": MANAGEMENT_HOST, "address": MANAGEMENT_GATE}
+            ip.addr("add", index=index, prefixlen=32, **peer4)
             ip.link("set", index=index, state="up")
     _configure(client, {"eth0": [(CLIENT4, 24), (CLIENT6, 64)]}, [GATE_CLIENT4, GATE_CLIENT6])
     gate_links = {

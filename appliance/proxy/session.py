@@ -94,7 +94,7 @@ class Session:
         """Who it is became known: record it, and start, or end what is closed already."""
         worker = self.worker
         now = worker.now()
-        worker.attributed(self, found, now)
+        worker.record_surely(self.number, found, now)
         for alarm in alarms:
             worker.record(self.number, alarm, now)
         self.account = found.account
@@ -356,12 +356,11 @@ class Session:
         assert self.ending is not None
         reason, by = self.ending
         reference = session_name(self.number) if by == "gate" else ""
-        self.record(
-            SessionClose(
-                reason, by, self.up.received, self.down.received, self.operations, self.started,
-                reference,
-            )
+        end = SessionClose(
+            reason, by, self.up.received, self.down.received, self.operations, self.started,
+            reference,
         )  # fmt: skip
+        self.worker.record_surely(self.number, end, self.worker.now())
         self.worker.forget(self)
 
     def record(self, record: Record) -> None:

@@ -50,8 +50,8 @@ log = logging.getLogger("narrows.gate")
 HEARTBEAT_S = 5.0
 #: Descriptors that sessions leave for segments, control connections and the like.
 SPARE_DESCRIPTORS = 128
-#: Sessions whose first records found no memory are remembered up to this many.
-MOST_UNOPENED = 10_000
+#: First and last records of sessions that found no memory are kept for later, so many of them.
+MOST_OWED = 30_000
 
 
 class Worker:
@@ -82,7 +82,7 @@ class Worker:
         self._waiting: set[Session] = set()
         self._woken = False
         self._lost_records = 0
-        self._unopened: dict[int, list[Record]] = {}
+        self._owed: list[tuple[int, Record, int]] = []
         self._failed_since = 0
         self._most, self._scarce = self._limit()
         self._full_since = 0
@@ -144,6 +144,14 @@ class Worker:
             return False
         return True
 
+    def record_surely(self, session: int, record: Record, now: int) -> None:
+        """Write a record without which a session cannot be understood: later, if there is no room
+        now.
+        """
+        if not self.record(session, record, now) and len(self._owed) < MOST_OWED:
+            self._owed.append((session, record, now))
+            self._lost_records -= 1
+
     def wake(self) -> None:
         """Called by the writer thread: something moved."""
         if not self._woken and self._started:
@@ -175,6 +183,8 @@ class Worker:
             self._flush_durable()
         if self._stalled and self.writer.room:
             self._go_on()
+        if self._owed:
+            self._pay()
         if self._lost_records:
             self._say_lost(0)
 
@@ -209,14 +219,16 @@ class Worker:
     def _evidence_works(self) -> None:
         now = self.now()
         log.warning("evidence can be written again")
-        unopened, self._unopened = self._unopened, {}
-        for number, records in unopened.items():
-            for record in records:
-                self.record(number, record, now)
+        self._pay()
         for session in list(self.sessions.values()):
             outage.end(session, now)
         since, self._failed_since = self._failed_since, 0
         self._say_lost(since)
+
+    def _pay(self) -> None:
+        owed, self._owed = self._owed, []
+        for session, record, when in owed:
+            self.record_surely(session, record, when)
 
     def _say_lost(self, since: int) -> None:
         """Record how many records found no memory, in an outage that began at `since` or at
@@ -246,8 +258,7 @@ class Worker:
             client[0], client[1], target[0], target[1], route.name, route.durability, route.source,
             self.number,
         )  # fmt: skip
-        if not self.record(number, opened, now) and len(self._unopened) < MOST_UNOPENED:
-            self._unopened[number] = [opened]
+        self.record_surely(number, opened, now)
         session = self._dial(near, client, target, route, number, now)
         if session is None:
             return
@@ -293,15 +304,11 @@ class Worker:
     def _not_dialled(self, near: socket.socket, number: int, now: int, wrong: OSError) -> None:
         """Only reached when the upstream socket could not even start to connect."""
         reason = "descriptors" if wrong.errno in {errno.EMFILE, errno.ENFILE} else "unreachable"
-        self.record(number, Attributed(None, "none", "none", "not-connected"), now)
-        self.record(number, SessionClose(reason, "gate", 0, 0, 0, now, session_name(number)), now)
+        self.record_surely(number, Attributed(None, "none", "none", "not-connected"), now)
+        end = SessionClose(reason, "gate", 0, 0, 0, now, session_name(number))
+        self.record_surely(number, end, now)
         self.refused += 1
         abort(near)
-
-    def attributed(self, session: Session, found: Attributed, now: int) -> None:
-        """Record who a session belongs to."""
-        if not self.record(session.number, found, now) and session.number in self._unopened:
-            self._unopened[session.number].append(found)
 
     def _accept_blocked(self, since: int, until: int) -> None:
         detail = "connections wait in the backlog" if not until else "accepting again"

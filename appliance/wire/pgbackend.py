@@ -8,7 +8,7 @@ into; of other messages at most `MOST_BODY_BYTES` are kept until they are whole.
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from appliance.sansio import UPSTREAM, ProtocolError
 from appliance.wire import pgmessages
@@ -27,7 +27,8 @@ MOST_BODY_BYTES = 64 * 1024
 _SMALL_BYTES = 8 * 1024
 _MOST_TAG_BYTES = 1024
 _MOST_PAYLOAD_BYTES = 4 * 1024
-_QUERY, _EXECUTE, _BIND, _DESCRIBE = Step.QUERY, Step.EXECUTE, Step.BIND, Step.DESCRIBE
+_SYNC, _QUERY, _EXECUTE = Step.SYNC, Step.QUERY, Step.EXECUTE
+_BIND, _DESCRIBE = Step.BIND, Step.DESCRIBE
 _DATA_ROW = ord("D")
 _COPY_DATA = ord("d")
 _HEADER = Struct("!BI").unpack_from
@@ -82,14 +83,14 @@ class Backend:
 
     def _walk(self, buffer: bytes | memoryview, offset: int) -> int:
         """Decode whole messages; return where the first one stands that is not decoded."""
-        unpack, handlers = _HEADER, self.HANDLERS
+        unpack, handlers = _HEADER, HANDLERS
         position, end = 0, len(buffer)
         last = end - HEADER_BYTES
         while position <= last:
             kind, length = unpack(buffer, position)
             after = position + 1 + length
             if kind == _DATA_ROW and length >= 4:
-                if after <= last:
+                if after <= last and buffer[after] == _DATA_ROW:
                     after, count = hop(buffer, position, end, kind)
                     self._rows += count
                 else:
@@ -143,7 +144,7 @@ class Backend:
         running.ended = self._pipeline.now
         self._rows, self._mark = 0, after
 
-    def _completed(self, tag: str, after: int) -> Running | None:
+    def _completed(self, tag: str, after: int) -> None:
         """The server is done with an operation."""
         pipeline = self._pipeline
         steps = pipeline.steps
@@ -151,7 +152,7 @@ class Backend:
         if step is _EXECUTE:
             del steps[0]
             running: Running = thing
-            wait = bool(steps) and steps[0] is SYNC
+            wait = bool(steps) and steps[0][0] is _SYNC
         elif step is _QUERY and thing:
             running = thing[0]
             del thing[0]
@@ -162,14 +163,18 @@ class Backend:
             wait = True
         else:
             pipeline.mismatch("result")
-            return None
+            return
         running.tag = tag
         self._measure(running, after)
-        pipeline.ended(running, wait=wait)
-        return running
+        if running.names:
+            pipeline.names.confirm_all(running.names)
+        if wait:
+            pipeline.wait(running)
+        else:
+            pipeline.end(running, "ok")
 
     def _command_complete(self, body: bytes, after: int) -> None:
-        self._completed(text_of(body[:_MOST_TAG_BYTES]).partition("\0")[0], after)
+        self._completed(pgmessages.tag(body[:_MOST_TAG_BYTES]), after)
 
     def _empty_query(self, _body: bytes, after: int) -> None:
         self._completed("", after)
@@ -198,11 +203,10 @@ class Backend:
     def _row_description(self, body: bytes, _after: int) -> None:
         columns = pgmessages.columns(body)
         steps = self._pipeline.steps
-        step, thing = steps[0] if steps else SYNC
-        if step is _DESCRIBE:
-            del steps[0]
-            if thing is not None:
-                thing.columns = columns
+        if steps and steps[0][0] is _DESCRIBE:
+            described = self._answered(_DESCRIBE, "RowDescription")
+            if described is not None:
+                described.columns = columns
             return
         running = self._running()
         if running is not None:
@@ -216,11 +220,14 @@ class Backend:
         if steps and steps[0][0] is Step.DESCRIBE and isinstance(steps[0][1], Statement):
             steps[0][1].oids = pgmessages.parameter_types(body)
 
-    def _answered(self, step: Step, name: str) -> object:
-        """Take the step at hand off; None when it is another one."""
+    def _answered(self, step: Step, name: str) -> Any:
+        """Take the step at hand off; None when it is another one, or its question is held back."""
         steps = self._pipeline.steps
         if steps and steps[0][0] is step:
-            return steps.pop(0)[1]
+            thing = steps[0][1]
+            if thing is None or not thing.silent:
+                del steps[0]
+                return thing
         self._pipeline.mismatch(name)
         return None
 
@@ -231,8 +238,10 @@ class Backend:
             running = statement.running
             if running is not None:
                 self._measure(running, after)
-                steps = self._pipeline.steps
-                self._pipeline.ended(running, wait=bool(steps) and steps[0] is SYNC)
+                if self._pipeline.steps and self._pipeline.steps[0][0] is _SYNC:
+                    self._pipeline.wait(running)
+                else:
+                    self._pipeline.end(running, "ok")
 
     def _bind_complete(self, _body: bytes, _after: int) -> None:
         portal = self._answered(_BIND, "BindComplete")
@@ -311,25 +320,30 @@ class Backend:
         }
         self._pipeline.fact("notification", fields)
 
-    #: By the message's type: handler(backend, body, where the message ends).
-    HANDLERS: ClassVar[dict[int, Callable[[Backend, bytes, int], None]]] = {
-        ord("C"): _command_complete,
-        ord("Z"): _ready,
-        ord("T"): _row_description,
-        ord("1"): _parse_complete,
-        ord("2"): _bind_complete,
-        ord("3"): _close_complete,
-        ord("n"): _no_data,
-        ord("t"): _parameter_description,
-        ord("E"): _error,
-        ord("N"): _notice,
-        ord("A"): _notification,
-        ord("S"): _parameter_status,
-        ord("s"): _portal_suspended,
-        ord("I"): _empty_query,
-        ord("V"): _function_result,
-        ord("G"): _copy_in,
-        ord("H"): _copy_out,
-        ord("W"): _copy_both,
-        ord("c"): _copy_done,
-    }
+    @classmethod
+    def handlers(cls) -> dict[int, Callable[[Backend, bytes, int], None]]:
+        """Return the handlers by the message's type."""
+        return {
+            ord("C"): cls._command_complete,
+            ord("Z"): cls._ready,
+            ord("T"): cls._row_description,
+            ord("1"): cls._parse_complete,
+            ord("2"): cls._bind_complete,
+            ord("3"): cls._close_complete,
+            ord("n"): cls._no_data,
+            ord("t"): cls._parameter_description,
+            ord("E"): cls._error,
+            ord("N"): cls._notice,
+            ord("A"): cls._notification,
+            ord("S"): cls._parameter_status,
+            ord("s"): cls._portal_suspended,
+            ord("I"): cls._empty_query,
+            ord("V"): cls._function_result,
+            ord("G"): cls._copy_in,
+            ord("H"): cls._copy_out,
+            ord("W"): cls._copy_both,
+            ord("c"): cls._copy_done,
+        }
+
+
+HANDLERS = Backend.handlers()

@@ -17,7 +17,7 @@ from appliance.wire.framing import HEADER_BYTES, hop
 from appliance.wire.pgmessages import Malformed
 from appliance.wire.pgnames import Undecided
 from appliance.wire.pgpipeline import MOST_STEPS, Pipeline
-from appliance.wire.pgrequests import Requests
+from appliance.wire.pgrequests import HANDLERS, Requests
 from capture.records import Withheld
 
 MOST_BODY_BYTES = 64 * 1024 + 512  #: of one message: a whole text and a name
@@ -59,8 +59,9 @@ class Frontend:
             if not data:
                 return
         if self._kept is None:
-            self._at, self._next = offset + len(given) - len(data), 0
-            self._decode(bytes(data) if len(data) <= _SMALL_BYTES else data, given, offset)
+            size = len(data)
+            self._at, self._next = offset + len(given) - size, 0
+            self._decode(bytes(data) if size <= _SMALL_BYTES else data, given, offset)
         else:
             self._kept += data
             if len(self._kept) >= self._needed and not self.blocked:
@@ -134,7 +135,7 @@ class Frontend:
 
     def _walk(self, buffer: bytes | memoryview) -> None:
         """Decode whole messages; `_next` is the first byte that is not decoded."""
-        requests, handlers, base = self._requests, Requests.HANDLERS, self._at
+        requests, handlers, base = self._requests, HANDLERS, self._at
         position, end = self._next, len(buffer)
         while end - position >= HEADER_BYTES:
             kind, length = _HEADER(buffer, position)

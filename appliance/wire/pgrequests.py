@@ -14,7 +14,7 @@ record tells of.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from appliance.sansio import Audit
 from appliance.wire import pgmessages
@@ -117,11 +117,11 @@ class Requests:
         pipeline = self._pipeline
         if step is _QUERY:
             pipeline.names.batch += 1
-        if not pipeline.skipping:
+        if not pipeline.fate:
             pipeline.steps.append((step, running))
             return
         for one in running if step is _QUERY else (running,):
-            pipeline.end(one, "skipped")
+            pipeline.end(one, pipeline.fate)
             pipeline.names.void(one.names, later=True)
 
     def _function_call(self, body: bytes, at: int, after: int, left: int) -> None:
@@ -177,7 +177,7 @@ class Requests:
             pipeline.release(replaced)
         if room:
             portals[key] = portal
-        if not pipeline.skipping:
+        if not pipeline.fate:
             pipeline.steps.append((_BIND, portal))
         portal.silent = True
         self._silent.append(portal)
@@ -187,8 +187,8 @@ class Requests:
                 self._no_room()
 
     def _execute(self, body: bytes, at: int, after: int, left: int) -> None:
-        name, position = pgmessages.cstring(body, 0)
-        if left or len(body) != position + 4:
+        name = body[:-5]
+        if left or len(body) < 5 or body.find(0) != len(name):
             raise Malformed("Execute is a name and a number")
         pipeline = self._pipeline
         portal = pipeline.names.portals.get(name)
@@ -266,7 +266,8 @@ class Requests:
         if self.held >= 0:
             self.announce()
         pipeline = self._pipeline
-        if pipeline.copying is None or pipeline.steps[0][0] is not _EXECUTE:
+        steps = pipeline.steps
+        if pipeline.copying is None or not steps or steps[0][0] is not _EXECUTE:
             pipeline.synced()
 
     def _flush(self, body: bytes, _at: int, _after: int, _left: int) -> None:
@@ -318,15 +319,15 @@ class Requests:
                     name=text_of(thing.key), truncated=thing.truncated,
                 )  # fmt: skip
                 thing.running = running
-            if pipeline.skipping:
-                pipeline.end(running, "skipped")
+            if pipeline.fate:
+                pipeline.end(running, pipeline.fate)
         self._silent.clear()
         self.held = -1
 
     def _expect(self, step: Step, thing: Any) -> None:
         """Expect an answer; in a batch that failed there is none, and no name changes."""
         pipeline = self._pipeline
-        if not pipeline.skipping:
+        if not pipeline.fate:
             pipeline.steps.append((step, thing))
         elif isinstance(thing, Statement) and step is not _DESCRIBE:
             pipeline.names.void((thing,), later=True)
@@ -344,21 +345,23 @@ class Requests:
         if self.held >= 0:
             self.announce()
 
-    #: By the message's type: handler(requests, body, offset, end, bytes beyond the body).
-    HANDLERS: ClassVar[dict[int, Callable[[Requests, bytes, int, int, int], None]]] = {
-        ord("Q"): _query,
-        ord("P"): _parse,
-        ord("B"): _bind,
-        ord("E"): _execute,
-        ord("D"): _describe,
-        ord("C"): _close,
-        ord("S"): _sync,
-        ord("H"): _flush,
-        ord("F"): _function_call,
-        ord("c"): _copy_done,
-        ord("f"): _copy_fail,
-        ord("X"): _terminate,
-    }
+    @classmethod
+    def handlers(cls) -> dict[int, Callable[[Requests, bytes, int, int, int], None]]:
+        """Return the handlers by the message's type."""
+        return {
+            ord("Q"): cls._query,
+            ord("P"): cls._parse,
+            ord("B"): cls._bind,
+            ord("E"): cls._execute,
+            ord("D"): cls._describe,
+            ord("C"): cls._close,
+            ord("S"): cls._sync,
+            ord("H"): cls._flush,
+            ord("F"): cls._function_call,
+            ord("c"): cls._copy_done,
+            ord("f"): cls._copy_fail,
+            ord("X"): cls._terminate,
+        }
 
 
 def _target(body: bytes, left: int) -> tuple[bytes, bytes]:
@@ -373,3 +376,6 @@ def _target(body: bytes, left: int) -> tuple[bytes, bytes]:
 def _empty(body: bytes) -> None:
     if body:
         raise Malformed("a message that has no body has one")
+
+
+HANDLERS = Requests.handlers()

@@ -61,6 +61,7 @@ class PgServer:
         settings = {
             "listen_addresses": self.host, "port": self.port,
             "unix_socket_directories": self.folder, "fsync": "off", "log_statement": "all",
+            "log_replication_commands": "on",
             "log_line_prefix": "%c|%h|", "wal_level": "logical", "max_wal_senders": 4,
             "shared_buffers": "16MB",
             "lc_messages": "C", "log_destination": "stderr", "timezone": "UTC",

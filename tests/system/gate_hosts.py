@@ -38,6 +38,7 @@ from capture.store import Store
 from capture.tail import SegmentReader
 
 SERVER4, SERVER6 = topology.SERVER4, topology.SERVER6
+SEAL = -1
 MOST_KEPT_BYTES = 16 << 20
 _numbers = count()
 
@@ -153,8 +154,17 @@ class Gate:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
 
+    def start_seal(self):
+        """Start the seal; its number is SEAL."""
+        argv = [sys.executable, "-m", "appliance", "serve", "seal", "--config", str(self.file)]
+        with self.log(SEAL).open("ab") as log:
+            self.processes[SEAL] = topology.start(
+                self.topology.namespace("gate"), argv, cgroup=cgroups.make(self.cgroup / "seal"),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+
     def log(self, number=0):
-        return self.folder / f"gate-{number}.log"
+        return self.folder / f"process-{number}.log"
 
     def wait_ready(self, number=0):
         def ready():

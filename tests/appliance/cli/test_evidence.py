@@ -1,11 +1,12 @@
 import fcntl
 import json
 import os
+import shutil
 
 import pytest
 
 from capture.frames import session_name
-from capture.records import Decision, Gap, Refused
+from capture.records import Decision, Flow, Gap, Heartbeat, Refused
 from capture.seal import Seal
 
 
@@ -20,6 +21,8 @@ def sealed(narrows):
             gate.close(session)
         gate.record(0, Gap("route", "bypass", bytes_up=10, packets=2, detail="everything"))
         gate.record(0, Refused("192.0.2.10", 4, "203.0.113.1", 22, "management", "x" * 13))
+        gate.record(0, Flow("192.0.2.10", "udp", 53, 3, 99, 1, 2))
+        gate.record(0, Heartbeat(0, 2, 2, 0, 1, 2, 0, 0))
     seal(narrows)
     return [session_name(session) for session in sessions]
 
@@ -52,6 +55,34 @@ def test_a_session_and_a_segment_can_be_verified_alone(narrows, sealed):
         assert answer.json()["what"] == what.lower()
     assert narrows("evidence", "verify", "nonsense").code == 3
     assert narrows("evidence", "verify", sealed[0][:4]).code == 2
+
+
+def test_an_older_copy_of_everything_is_found_by_a_checkpoint_that_was_kept(
+    narrows, sealed, tmp_path
+):
+    state, older, kept = narrows.evidence.store.state, tmp_path / "older", tmp_path / "kept"
+    shutil.copytree(state, older)
+    with narrows.evidence.writer() as gate:
+        gate.close(gate.open())
+    seal(narrows)
+    shutil.copy(state / "evidence" / "ledger" / "checkpoint", kept)
+    words = ("evidence", "verify", "--checkpoint", str(kept))
+    assert narrows(*words).code == 0
+    shutil.rmtree(state)
+    shutil.copytree(older, state)
+    assert narrows("evidence", "verify").code == 0, "nothing in it contradicts itself"
+    answer = narrows(*words)
+    assert answer.code == 1
+    assert "rolled back" in answer.out
+
+
+def test_a_kept_file_that_cannot_be_read_is_a_wrong_word(narrows, sealed, tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    for option in ("--checkpoint", "--ledger-key"):
+        for name in ("bytes", "none"):
+            answer = narrows("evidence", "verify", option, str(tmp_path / name))
+            assert answer.code == 2
+            assert answer.err.count("\n") == 1
 
 
 def test_evidence_that_was_changed_is_exit_code_1(narrows, sealed):
@@ -149,6 +180,8 @@ def test_the_log_tells_what_happened_besides_sessions(narrows, sealed):
     by_kind = {entry["kind"]: entry for entry in entries}
     assert by_kind["gap"]["fields"]["reason"] == "bypass"
     assert by_kind["refused"]["fields"]["reason"] == "management"
+    assert (by_kind["flow"]["session"], by_kind["flow"]["fields"]["packets"]) == (None, 3)
+    assert "heartbeat" not in by_kind, "there would be nothing else to see"
     assert by_kind["decision"]["session"] == sealed[0]
     assert by_kind["decision"]["fields"]["action"] == "kill"
     shown = [entry for entry in entries if entry["fields"].get("objects") == [sealed[1]]]
@@ -166,6 +199,8 @@ def test_the_log_can_be_narrowed_to_one_kind(narrows, sealed):
     )
     starts = narrows("evidence", "log", "--kind", "start").out.splitlines()
     assert len(starts) == 3, "also those of reads"
+    [beat] = narrows("evidence", "log", "--kind", "heartbeat").out.splitlines()
+    assert "kernel_accepted=2" in beat
 
 
 # -- law 8

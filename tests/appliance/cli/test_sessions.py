@@ -142,6 +142,24 @@ def test_since_takes_the_very_time_that_a_list_shows(narrows, story):
     assert len(found) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--since", "999999999d"], 3),
+        (["--since", "0001-01-01T00:00:00Z"], 3),
+        (["--since", "9999-12-31T23:59:59Z"], 0),
+        (["--until", "9999-12-31T23:59:59Z"], 3),
+        (["--limit", "9" * 30], 3),
+        (["--account", "\udcff"], 0),
+    ],
+)
+def test_a_list_takes_times_counts_and_names_that_no_index_holds(narrows, story, words, found):
+    answer = narrows("sessions", "list", "--json", *words)
+    assert (answer.code, answer.err) == (0, "")
+    assert len(answer.json()) == found
+    assert narrows("sessions", "list", *words).code == 0
+
+
 def test_a_long_list_on_a_terminal_is_cut_and_says_so(narrows):
     with narrows.evidence.writer() as gate:
         for _ in range(120):
@@ -210,6 +228,17 @@ def test_a_session_is_told_as_a_conversation(narrows, story):
     dump = "00000000  70 77 00 00 00 00 "
     assert dump not in out, "bytes of a decoded protocol need --bytes"
     assert dump in narrows("sessions", "show", session_name(story[0]), "--bytes").out
+
+
+def test_a_long_word_of_a_conversation_does_not_run_into_the_next(narrows):
+    with narrows.evidence.writer() as gate:
+        session = gate.open(protocol="postgresql")
+        gate.record(session, Operation(1, "START_REPLICATION", "start_replication slot a", 0, 9))
+        gate.record(session, Fact("authentication", {"method": "md5"}))
+        gate.close(session)
+    out = narrows("sessions", "show", session_name(session)).out
+    assert " START_REPLICATION start_replication slot a\n" in out
+    assert " authentication method=md5\n" in out
 
 
 def test_show_as_json_is_the_session_object_with_its_records(narrows, story):
