@@ -42,6 +42,7 @@ MOST_WAITING = 64
 MOST_STREAMS = 8
 ANSWER_S = 20.0
 FRESH_S = 0.2
+STALE_S = 2.0  #: after the index could not be brought up to date
 CACHE_BYTES = 4 << 20
 PIECE_BYTES = 256 << 10
 BUSY_HEADERS = {"Retry-After": "2"}
@@ -89,7 +90,7 @@ class Reading:
         self._threads = ThreadPoolExecutor(THREADS, "reading")
         self._mine = threading.local()
         self._filling = threading.Lock()
-        self._filled_at = -FRESH_S
+        self._fill_at = 0.0
         self._waiting = self._streams = 0
 
     async def ask(self, question: Callable[[Opened], Answer]) -> Answer:
@@ -171,7 +172,7 @@ class Reading:
     def _freshen(self, index: Index) -> None:
         """Bring the index up to date, unless that was done a moment ago."""
         with self._filling:
-            if time.monotonic() - self._filled_at >= FRESH_S:
+            if time.monotonic() >= self._fill_at:
                 try:
                     fill(index, self.store, self.keys)
                     self.stale = ""
@@ -179,7 +180,7 @@ class Reading:
                     if not self.stale:
                         log.warning("the index is behind: %s", wrong)
                     self.stale = str(wrong)
-                self._filled_at = time.monotonic()
+                self._fill_at = time.monotonic() + (STALE_S if self.stale else FRESH_S)
         with contextlib.suppress(EvidenceError, sqlite3.Error, OSError):
             index.follow_path()
 
