@@ -173,8 +173,10 @@ def _newest_found(index: Index, chosen: Filter) -> Iterator[Session]:
     """Yield what a search finds as it goes back in time, without collecting all of it."""
     tests, values = _tests(chosen)
     wanted = expressions(chosen.words)
-    if chosen.account is not None and any(map(str.isalnum, chosen.account)):
-        wanted += expressions('"' + chosen.account.replace('"', " ") + '"')
+    host = None if chosen.target is None else _address(chosen.target)[0]
+    for text in (chosen.account, chosen.protocol, host):  # they are among a session's words
+        if text is not None and any(map(str.isalnum, text)):
+            wanted += expressions('"' + text.replace('"', " ") + '"')
     query = f"{_SESSIONS} WHERE {' AND '.join(['s.id = ?', *tests])}"
     before = None if chosen.after is None else (chosen.after.started, stored(chosen.after.session))
     until = None if before is None else before[0] + 1

@@ -106,6 +106,7 @@ async def get_checkpoint(review: Review, asked: Asked, given: Nothing) -> Checkp
     del asked, given
 
     def question(ledger: Ledger, key: NoteVerifier) -> CheckpointObject:
+        """Read the log."""
         found = ledger.checkpoint
         return {
             "note": ledger.note.decode(), "key": key.vkey(), "origin": found.origin,
@@ -120,6 +121,7 @@ async def list_leaves(review: Review, asked: Asked, given: Leaves) -> Page[LeafO
     del asked
 
     def question(ledger: Ledger, key: NoteVerifier) -> Page[LeafObject]:
+        """Read the log."""
         del key
         end = min(given.start + given.limit, ledger.size)
         entries = ledger.entries(given.start, end) if given.start < end else ()
@@ -138,6 +140,7 @@ async def prove_inclusion(review: Review, asked: Asked, given: Inclusion) -> Inc
     del asked
 
     def question(ledger: Ledger, key: NoteVerifier) -> InclusionObject:
+        """Read the log."""
         del key
         size = ledger.size if given.size is None else given.size
         path = ledger.inclusion(given.index, size)
@@ -155,6 +158,7 @@ async def prove_consistency(review: Review, asked: Asked, given: Consistency) ->
     del asked
 
     def question(ledger: Ledger, key: NoteVerifier) -> ConsistencyObject:
+        """Read the log."""
         del key
         new = ledger.size if given.new is None else given.new
         path = ledger.consistency(given.old, new)

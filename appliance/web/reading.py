@@ -83,8 +83,8 @@ class Opened:
 class Reading:
     """The threads. `stale` is why the index is behind the disk, or empty."""
 
-    def __init__(self, store: Store, keys: Keys) -> None:
-        self.store, self.keys = store, keys
+    def __init__(self, store: Store, keys: Keys, answer_s: float = ANSWER_S) -> None:
+        self.store, self.keys, self.answer_s = store, keys, answer_s
         self.stale = ""
         self.damaged = 0  #: pieces of evidence that could not be read
         self._threads = ThreadPoolExecutor(THREADS, "reading")
@@ -103,14 +103,14 @@ class Reading:
         begun: list[Opened] = []
         try:
             job = asyncio.wrap_future(self._threads.submit(self._answer, question, begun))
-            async with asyncio.timeout(ANSWER_S):
+            async with asyncio.timeout(self.answer_s):
                 return await job
         except TimeoutError as wrong:
-            if begun:
-                begun[0].index.db.interrupt()
             detail = "the question takes too long; ask for less"
             raise Problem("unavailable", detail, headers=BUSY_HEADERS) from wrong
         finally:
+            for opened in begun:  # nobody waits for it any more
+                opened.index.db.interrupt()
             self._waiting -= 1
 
     async def pieces(
@@ -162,6 +162,7 @@ class Reading:
             opened.close()
             raise Problem("unavailable", "the index cannot be used now") from wrong
         finally:
+            begun.clear()
             opened.damaged()
 
     def _open(self) -> Opened:

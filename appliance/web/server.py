@@ -94,7 +94,8 @@ class Server:
     async def start(self) -> None:
         """Listen; KeyFileError without a certificate, OSError when the address cannot be had."""
         names = certificate.files(self._config)
-        certificate.ensure(*names, self._config.review.address)
+        if not self._config.review.certificate:
+            certificate.ensure(*names, self._config.review.address)
         tls = certificate.context(*names)
         await self._runner.setup()
         serve = self._runner.server
@@ -137,6 +138,7 @@ def partial_middleware(review: Review) -> Any:
     async def problems(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
+        """Answer, whatever happens."""
         review.connections.began(request.protocol)
         try:
             response = await handler(request)

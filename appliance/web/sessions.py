@@ -133,6 +133,7 @@ async def list_sessions(review: Review, asked: Asked, given: Which) -> Page[Sess
     )  # fmt: skip
 
     def question(opened: Opened) -> Page[SessionObject]:
+        """Read the evidence."""
         found = list(index_query.sessions(opened.index, chosen))
         shown, last = found[: given.limit], None
         if len(found) > given.limit:
@@ -153,6 +154,7 @@ async def list_operations(review: Review, asked: Asked, given: Operations) -> di
     del asked
 
     def question(opened: Opened) -> dict[str, Any]:
+        """Read the evidence."""
         number = opened.session(given.session).number
         found, more = exchange.page(opened.reader.records(number), given.cursor, given.limit)
         last = str(found[-1].operation["op"]) if more else None
@@ -169,6 +171,7 @@ async def list_records(review: Review, asked: Asked, given: Records) -> Page[dic
     end = given.cursor + given.limit
 
     def question(opened: Opened) -> Page[dict[str, Any]]:
+        """Read the evidence."""
         records = opened.reader.records(opened.session(given.session).number)
         found = record_objects(records, SECTIONS[given.kind])
         items = list(islice(found, given.cursor, end + 1))

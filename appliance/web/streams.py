@@ -78,6 +78,7 @@ async def get_stream(review: Review, asked: Asked, given: Stream) -> web.StreamR
     response.content_type = BYTES
 
     def content(opened: Opened) -> Iterator[bytes]:
+        """Read the bytes."""
         return cut(opened.reader, number, side, start, end)
 
     return await review.send(asked.request, response, content)
@@ -92,6 +93,7 @@ async def export_session(review: Review, asked: Asked, given: Export) -> web.Str
     response.content_type = LINES
 
     def content(opened: Opened) -> Iterator[bytes]:
+        """Read the bytes."""
         return ocsf.export(opened.reader, session)
 
     return await review.send(asked.request, response, content)

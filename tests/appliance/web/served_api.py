@@ -54,11 +54,18 @@ class Api:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(self, *_):
         self.stop()
+        self._end()
+
+    def _end(self):
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -66,7 +73,11 @@ class Api:
     def start(self):
         async def make_server():
             server = Server(self.config, self.evidence.store, self.evidence.keys)
-            await server.start()
+            try:
+                await server.start()
+            except BaseException:
+                await server.stop()
+                raise
             return server
 
         self.server = self._run(make_server())

@@ -6,8 +6,10 @@ import ssl
 import stat
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from served_api import Api
 
 from appliance.config import Review
 from appliance.web import certificate, connections
@@ -205,6 +207,15 @@ def test_a_key_that_others_may_read_is_refused(tmp_path):
         certificate.context(*names)
 
 
-def test_a_certificate_of_ones_own_is_used(tmp_path, shared):
+def test_a_certificate_of_ones_own_is_used(shared):
     mine = replace(shared.config, review=Review(certificate="/etc/x/a.pem", key="/etc/x/a.key"))
     assert [str(path) for path in certificate.files(mine)] == ["/etc/x/a.pem", "/etc/x/a.key"]
+
+
+def test_none_is_made_in_place_of_a_configured_one_that_is_missing(tmp_path):
+    api = Api(tmp_path)
+    names = [str(tmp_path / name) for name in ("mine.crt", "mine.key")]
+    api.config = replace(api.config, review=Review(port=0, certificate=names[0], key=names[1]))
+    with pytest.raises(KeyFileError), api:
+        pass
+    assert not Path(names[0]).exists()

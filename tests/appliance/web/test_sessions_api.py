@@ -12,6 +12,7 @@ import pytest
 from review_evidence import Evidence
 
 from appliance.cli import main
+from appliance.web.problem import Problem
 from capture.frames import session_name
 from capture.records import Gap, Hidden
 
@@ -212,3 +213,19 @@ def test_many_ask_at_once_and_everyone_is_answered_and_recorded(api):
         thread.join()
     assert answers == [200] * 80
     assert sum(action == "list" for _, action, *_ in api.reads()) == 80
+
+
+def test_a_question_that_takes_too_long_is_given_up_and_others_are_answered(api):
+    api.server.review.reading.answer_s = 0.2
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+
+    async def ask():
+        return await api.server.review.reading.ask(
+            lambda opened: opened.index.db.execute(endless).fetchone()
+        )
+
+    for _ in range(6):  # more than there are threads
+        with pytest.raises(Problem, match="too long"):
+            api._run(ask())
+    api.server.review.reading.answer_s = 20.0
+    assert api.ok("/sessions") == {"items": [], "next": None}
