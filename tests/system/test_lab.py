@@ -149,6 +149,11 @@ def test_the_command_line_runs_the_lab(the_lab, tmp_path):
     status = json.loads(the_lab("status", "--json").stdout)
     assert status["up"]
     assert status["namespaces"] == ["narrows-client", "narrows-gate", "narrows-server"]
+    api = status["api"]
+    assert api["url"] == "https://203.0.113.1:8443"
+    words = ["-H", f"Authorization: Bearer {api['token']}", f"{api['url']}/api/v1/sessions"]
+    argv = ["curl", "-sS", "--fail", "--cacert", api["ca_file"], *words]
+    assert json.loads(subprocess.check_output(argv, text=True)) == {"items": [], "next": None}
     unknown = the_lab("exec", "--as", "nobody", "--", "true")
     assert unknown.returncode == 2
     assert "ci-deployer, backup-job, report-job" in unknown.stderr

@@ -205,6 +205,34 @@ def test_each_role_may_do_what_the_one_before_it_may():
     assert Role.ADMIN.rights == frozenset(Right)
 
 
+class NotDurable:
+    """A writer whose records reach the disk when the test says so."""
+
+    def __init__(self, writer):
+        self._writer, self.stored = writer, threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self._writer, name)
+
+    @property
+    def durable(self):
+        return self._writer.durable if self.stored.is_set() else 0
+
+
+def test_no_answer_is_given_before_its_record_survives_power_loss(api):
+    api.ok("/sessions")
+    recorder, answers = api.server.review.recorder, []
+    recorder._writer = held = NotDurable(recorder._writer)
+    thread = threading.Thread(target=lambda: answers.append(api.get("/sessions").status))
+    thread.start()
+    thread.join(1)
+    assert answers == []
+    held.stored.set()
+    thread.join()
+    assert answers == [200]
+    recorder._writer = held._writer
+
+
 def test_a_read_that_cannot_be_recorded_is_not_answered(api):
     with api.evidence.writer() as gate:
         name = session_name(gate.open())
