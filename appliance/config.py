@@ -25,6 +25,25 @@ from typing import Any, Literal, get_args, get_origin
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 EXIT_CONFIG = 78
 
+#: What numbers may be, both ends included; docs/configuration.md tells them.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "gate.workers": (0, 256),
+    "gate.listen_port": (1, 65535),
+    "gate.connect_timeout_s": (0.1, 3600),
+    "gate.detect_ms": (1, 60_000),
+    "gate.max_sessions": (1, 1_000_000),
+    "evidence.segment_bytes": (8 << 20, 1 << 36),
+    "evidence.chunk_count": (3, 1024),
+    "evidence.commit_ms": (1, 10_000),
+    "evidence.reserve_bytes": (0, 1 << 36),
+    "evidence.checkpoint_s": (1, 5),
+    "attribution.wait_ms": (0, 60_000),
+    "attribution.replay_entries": (1 << 10, 1 << 26),
+    "review.port": (1, 65535),
+}
+MOST_NAME_BYTES = 128
+_PROTOCOLS = frozenset({"tcp", "udp", "icmp", *map(str, range(256))} - {"6"})
+
 
 class ConfigError(Exception):
     """The configuration cannot be used; one line says where, what and what to do."""
@@ -81,7 +100,7 @@ class Gate:
     workers: int = 0  #: processes; 0 means one a core
     listen_port: int = 15001  #: port of the transparent listeners
     connect_timeout_s: float = 10.0  #: for the upstream connection
-    #: how long a client may be silent, or undecided, before its session is opaque
+    #: how long the first bytes of a client may be undecided before its session is opaque
     detect_ms: int = 200
     max_sessions: int = 9000  #: per worker; above it connections wait in the backlog
 
@@ -298,24 +317,22 @@ class _Reader:
 
     def check(self, config: Config) -> None:
         """Refuse values that fit their type and mean nothing."""
-        if not 1 <= config.gate.listen_port <= 65535:
-            raise self.fail("gate.listen_port", "must be a port")
-        if config.evidence.segment_bytes < 8 << 20 or config.evidence.segment_bytes % 4096:
-            raise self.fail("evidence.segment_bytes", "must be a multiple of 4096, 8388608 or more")
-        if config.evidence.chunk_count < 3:
-            raise self.fail("evidence.chunk_count", "must be 3 or more")
+        for key, (low, high) in BOUNDS.items():
+            table, _, name = key.partition(".")
+            if not low <= getattr(getattr(config, table), name) <= high:  # NaN is out, too
+                raise self.fail(key, f"must be {low} to {high}")
+        if config.evidence.segment_bytes % 4096:
+            raise self.fail("evidence.segment_bytes", "must be a multiple of 4096")
         self._check_review(config.review)
         for kind, entries in (("route", config.route), ("account", config.account)):
             names = [entry.name for entry in entries]
+            for name in names:
+                self._check_name(f"{kind}.name", name)
             double = next((name for name in names if names.count(name) > 1), None)
             if double is not None:
                 raise self.fail(f"{kind}.name", f"{double!r} is there twice")
         for route in config.route:
-            if (route.action == "allow") == (route.protocol == "tcp"):
-                hint = "TCP is intercepted, everything else is allowed or dropped"
-                raise self.fail(
-                    "route.action", f"{route.action!r} does not fit {route.protocol!r}", hint
-                )
+            self._check_protocol(route)
         for account in config.account:
             if account.match == Match():
                 raise self.fail("account.match", f"account {account.name!r} has no selector")
@@ -325,13 +342,30 @@ class _Reader:
             ipaddress.ip_address(review.address)
         except ValueError as wrong:
             raise self.fail("review.address", "must be an IP address") from wrong
-        if not 1 <= review.port <= 65535:
-            raise self.fail("review.port", "must be a port")
         for name, path in (("certificate", review.certificate), ("key", review.key)):
             if path and not path.startswith("/"):
                 raise self.fail(f"review.{name}", "must be an absolute path")
         if bool(review.certificate) != bool(review.key):
             raise self.fail("review.key", "certificate and key belong together", "give both")
+
+    def _check_name(self, key: str, name: str) -> None:
+        """Names stand in records, tables, kernel objects and the lab's paths."""
+        usable = name.isprintable() and name == name.strip() and "/" not in name
+        if not usable or not 0 < len(name.encode()) <= MOST_NAME_BYTES or name in {".", ".."}:
+            hint = (
+                f"1 to {MOST_NAME_BYTES} bytes of printable characters, no /, no space at the ends"
+            )
+            raise self.fail(key, f"{name[:MOST_NAME_BYTES]!r} is no name", hint)
+
+    def _check_protocol(self, route: Route) -> None:
+        if route.protocol not in _PROTOCOLS:
+            hint = '"tcp", "udp", "icmp" or the number of another'
+            raise self.fail("route.protocol", f"{route.protocol!r} is not known", hint)
+        if (route.action == "allow") == (route.protocol == "tcp"):
+            hint = "TCP is intercepted, everything else is allowed or dropped"
+            raise self.fail(
+                "route.action", f"{route.action!r} does not fit {route.protocol!r}", hint
+            )
 
 
 def _network(value: Any) -> Network:

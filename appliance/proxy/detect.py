@@ -31,6 +31,16 @@ def detect(prefix: bytes, port: int) -> tuple[Protocol | None, str]:
     return discover()["opaque"], "no-probe-matched"
 
 
+def expected(prefix: bytes, port: int) -> bool:
+    """Say whether these may be the first bytes of a protocol whose usual port this is.
+
+    Then no silence makes the session opaque: a client could have its credentials recorded, and its
+    statements not decoded, by pausing inside the first message. The server waits for it likewise.
+    """
+    protocols = (protocol for protocol in _asked(port) if port in protocol.ports)
+    return any(protocol.probe(prefix) is Answer.MORE for protocol in protocols)
+
+
 @lru_cache(maxsize=1024)
 def _asked(port: int) -> tuple[Protocol, ...]:
     """Return the protocols in the order of asking; opaque never claims a session."""

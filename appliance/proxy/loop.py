@@ -23,9 +23,14 @@ if TYPE_CHECKING:
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
-#: The socket is dead (reset, timed out), or both of its directions are ended. Always reported.
+#: The socket is dead: reset, or timed out.
 DEAD = select.EPOLLERR
+#: Both of its directions are ended.
 ENDED = select.EPOLLHUP
+#: Nothing but bytes and space: no end, no urgent mark.
+PLAIN = READ | WRITE
+_END, _MARK, _EDGE = select.EPOLLRDHUP, select.EPOLLPRI, select.EPOLLET
+EVERYTHING = READ | WRITE | _END | _MARK | _EDGE
 
 MOST_EVENTS = 256
 
@@ -49,23 +54,20 @@ class Sockets(selectors.BaseSelector):
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._epoll.register(self._control.fileno(), READ)
 
-    def watch(self, fd: int, handler: Callable[[int], None], mask: int) -> None:
-        """Call `handler(events)` whenever one of `mask`, DEAD or ENDED is so; level-triggered."""
+    def watch(self, fd: int, handler: Callable[[int], None]) -> None:
+        """Call `handler(events)` whenever something is new: bytes, space, an end, a mark, or the
+        socket's death. What is there already counts as new.
+        """
         self._handlers[fd] = handler
-        self._epoll.register(fd, mask)
+        self._epoll.register(fd, EVERYTHING)
 
-    def change(self, fd: int, mask: int) -> None:
-        """Wait for other events of a watched descriptor."""
-        self._epoll.modify(fd, mask)
+    def again(self, fd: int) -> None:
+        """Tell once more of what is there now."""
+        self._epoll.modify(fd, EVERYTHING)
 
     def rename(self, fd: int, handler: Callable[[int], None]) -> None:
         """Give a watched descriptor another handler."""
         self._handlers[fd] = handler
-
-    def forget(self, fd: int) -> None:
-        """Watch a descriptor no more; it stays open."""
-        del self._handlers[fd]
-        self._epoll.unregister(fd)
 
     def drop(self, fd: int) -> None:
         """Watch a descriptor no more that is closed now: closing takes it out of the epoll."""

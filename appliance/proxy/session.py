@@ -22,14 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 from appliance.protocols import discover
 from appliance.proxy import effects
-from appliance.proxy.detect import detect
+from appliance.proxy.detect import detect, expected
 from appliance.proxy.direction import Direction
-from appliance.proxy.loop import DEAD, ENDED
+from appliance.proxy.loop import DEAD, ENDED, WRITE
+from appliance.proxy.standing import closed
 from appliance.proxy.upstream import why
 from appliance.sansio import CLIENT, FOREVER, UPSTREAM, Facts, Layer, Side
 from capture.errors import EvidenceError
 from capture.frames import Kind, session_name
-from capture.records import Detected, SessionClose
+from capture.records import KINDS, Attributed, Detected, SessionClose
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from appliance.proxy.loop import Timer
     from appliance.proxy.outage import Outage
     from appliance.proxy.worker import Worker
-    from capture.records import Alarm, Attributed, Record
+    from capture.records import Alarm, Record
 
 log = logging.getLogger("narrows.session")
 
@@ -47,6 +48,7 @@ LINGER_S = 5.0
 MOST_OWN_BYTES = 64 * 1024
 _FORGED = frozenset({"forged", "replayed"})
 _DETECT, _LINGER = "gate: detect", "gate: linger"
+_ATTRIBUTED, _DETECTED, _CLOSE = KINDS[Attributed], KINDS[Detected], KINDS[SessionClose]
 _UP, _UP_OWN, _DOWN, _DOWN_OWN = map(int, (Kind.UP, Kind.UP_OWN, Kind.DOWN, Kind.DOWN_OWN))
 
 
@@ -63,7 +65,7 @@ class Session:
 
     def __init__(
         self, worker: Worker, number: int, route: Route, client: tuple[str, int],
-        target: tuple[str, int], near: socket.socket, far: socket.socket, started: int,
+        target: tuple[str, int], near: socket.SocketType, far: socket.SocketType, started: int,
     ) -> None:  # fmt: skip
         self.worker = worker
         self.number = number
@@ -94,7 +96,7 @@ class Session:
         """Who it is became known: record it, and start, or end what is closed already."""
         worker = self.worker
         now = worker.now()
-        worker.record_surely(self.number, found, now)
+        worker.lay(_ATTRIBUTED, self.number, worker.standing.attributed(found), now)
         for alarm in alarms:
             worker.record(self.number, alarm, now)
         self.account = found.account
@@ -116,14 +118,14 @@ class Session:
         self.worker.dialling.remove(self)
         self.worker.sockets.rename(down.fd, down.event)
         self.connected = True
+        down.pending = mask != WRITE  # the server has spoken already
         self.interest()
-        down.watch()
 
     def interest(self) -> None:
         """Read exactly those sides that may be read now."""
-        if self.closed:
+        if not (self.attributed and self.connected) or self.closed:
             return
-        running = self.attributed and self.connected and not self.stalled
+        running = not self.stalled
         if self.prefix is None:
             reading = self.read_last = self.layer.reading
         else:
@@ -139,7 +141,8 @@ class Session:
             )
             if wanted is not direction.reading:
                 direction.reading = wanted
-                direction.watch()
+                if wanted and (direction.pending or not direction.watched):
+                    direction.watch()
 
     def readable(self, direction: Direction) -> None:
         """The loop says that `direction` has bytes."""
@@ -182,6 +185,7 @@ class Session:
 
     def _detecting(self, direction: Direction) -> None:
         if direction.side is UPSTREAM:
+            direction.pending = True
             self._choose("opaque", "server-first")
             return
         data = direction.receive_private()
@@ -196,7 +200,11 @@ class Session:
             self.set_timer(_DETECT, self.worker.config.gate.detect_ms / 1000, self._undecided)
 
     def _undecided(self) -> None:
-        if self.prefix is not None and not self.closed:
+        if (
+            self.prefix is not None
+            and not self.closed
+            and not expected(self.prefix, self.target[1])
+        ):
             try:
                 self._choose("opaque", "undecided")
             except EvidenceError:
@@ -208,7 +216,8 @@ class Session:
         if self.timers is not None and _DETECT in self.timers:
             self.timers.pop(_DETECT).cancel()
         self.protocol = name
-        self.record(Detected(name, reason))
+        worker = self.worker
+        worker.lay(_DETECTED, self.number, worker.standing.detected(name, reason), worker.now())
         if name == "opaque":
             self.layer = self.worker.opaque
             self.up.relay = self.down.relay = FOREVER
@@ -341,9 +350,10 @@ class Session:
             return
         self.closed = True
         self.ending = (reason, by)
-        for timer in (self.timers or {}).values():
-            timer.cancel()
-        self.timers = None
+        if self.timers is not None:
+            for timer in self.timers.values():
+                timer.cancel()
+            self.timers = None
         self.up.close(reset=reset)
         self.down.close(reset=reset)
         if not self.connected:
@@ -356,11 +366,11 @@ class Session:
         assert self.ending is not None
         reason, by = self.ending
         reference = session_name(self.number) if by == "gate" else ""
-        end = SessionClose(
+        end = closed(
             reason, by, self.up.received, self.down.received, self.operations, self.started,
             reference,
         )  # fmt: skip
-        self.worker.record_surely(self.number, end, self.worker.now())
+        self.worker.lay(_CLOSE, self.number, end, self.worker.now())
         self.worker.forget(self)
 
     def record(self, record: Record) -> None:
