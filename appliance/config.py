@@ -158,6 +158,16 @@ class Review:
 
 
 @dataclass(frozen=True, slots=True)
+class Http:
+    """[http]"""
+
+    #: headers whose values are never in the clear, besides those of docs/protocols/http1.md
+    secret_headers: tuple[str, ...] = ()
+    #: query parameters whose values are never in the clear, besides those listed there
+    secret_parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """[[route]], first match wins"""
 
@@ -212,6 +222,7 @@ class Config:
     attribution: Attribution = field(default_factory=Attribution)
     sensor: Sensor = field(default_factory=Sensor)
     review: Review = field(default_factory=Review)
+    http: Http = field(default_factory=Http)
     route: tuple[Route, ...] = ()
     account: tuple[Account, ...] = ()
     file: str = ""
@@ -307,7 +318,8 @@ class _Reader:
             raise self.fail(key, "must be a list")
         if dataclasses.is_dataclass(item):
             return tuple(self.table(item, entry, f"{key}[{n}]") for n, entry in enumerate(value))
-        return tuple(self._converted(_network, entry, key) for entry in value)
+        convert = _name if item is str else _network
+        return tuple(self._converted(convert, entry, key) for entry in value)
 
     def _converted(self, convert: Any, value: Any, key: str) -> Any:
         try:
@@ -366,6 +378,14 @@ class _Reader:
             raise self.fail(
                 "route.action", f"{route.action!r} does not fit {route.protocol!r}", hint
             )
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(
+        r"[!#$%&'*+.^_`|~\w-]{1,64}", value, re.ASCII
+    ):
+        raise ValueError(f"{value!r} is no name of a header or parameter")
+    return value
 
 
 def _network(value: Any) -> Network:

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING
 
 from appliance.attribution import Attributor, Register, ReplayCache, SensorLink, check_overlaps
-from appliance.live import ControlSocket
+from appliance.live import ControlSocket, alone
 from appliance.protocols import discover
 from appliance.proxy import redirect
 from appliance.proxy.kernel import follow_addresses, record_kernel
@@ -38,19 +38,22 @@ SEAL_S = 0.2
 
 
 def gate(config: Config, number: int) -> int:
-    """Run gate worker `number` until SIGTERM or SIGINT; return the exit code."""
+    """Run gate worker `number` until SIGTERM or SIGINT; return the exit code. AlreadyRuns when
+    another process does.
+    """
     check_overlaps(config.account, config.file)
+    store = Store(config.paths.state, config.paths.run)
+    store.prepare()
     _all_descriptors()
     own = redirect.own_addresses()  # netlink before the loop: pyroute2 runs a loop of its own
     discover()  # its imports take a while: no session is to wait for them
-    loop = GateLoop()
-    with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        return runner.run(_gate(config, number, own, loop))
+    with alone(store.run, number):
+        loop = GateLoop()
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            return runner.run(_gate(config, number, store, own, loop))
 
 
-async def _gate(config: Config, number: int, own: set[str], loop: GateLoop) -> int:
-    store = Store(config.paths.state, config.paths.run)
-    store.prepare()
+async def _gate(config: Config, number: int, store: Store, own: set[str], loop: GateLoop) -> int:
     keys = Keys.load_or_create(config.paths.state)
     link, attributor = _attribution(config, loop)
     worker = Worker(config, number, loop, keys, attributor, own)

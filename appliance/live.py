@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from capture.moment import rfc3339
 from capture.session_json import SessionObject, session_object
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from capture.index import Index
@@ -31,6 +33,28 @@ log = logging.getLogger("narrows.live")
 
 MOST_BYTES = 1 << 16
 _PEER = struct.Struct("3i")
+
+
+class AlreadyRuns(Exception):
+    """Another process is this gate worker."""
+
+
+@contextlib.contextmanager
+def alone(run: Path, number: int) -> Iterator[None]:
+    """Be gate worker `number` of the run directory, or raise AlreadyRuns.
+
+    Two of one number would take each other's control socket, and sessions that nobody can see or
+    kill would be left. The lock goes with its process, however that ends.
+    """
+    fd = os.open(run / f"gate-{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyRuns(f"gate worker {number} runs already in {run}") from None
+        yield
+    finally:
+        os.close(fd)
 
 
 class Sessions(Protocol):

@@ -21,10 +21,12 @@ hot path, and a frozen dataclass costs three times as much to build.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 from typing import Protocol as Interface
+
+from appliance.config import Http
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,10 +96,11 @@ class Data(NamedTuple):
 
 
 class Eof(NamedTuple):
-    """`side` will send no more; `reset` when it aborted."""
+    """`side` will send no more; `reset` when it aborted. `offset` is how much it sent in all."""
 
     side: Side
     reset: bool
+    offset: int = 0
 
 
 class Elapsed(NamedTuple):
@@ -172,6 +175,7 @@ class Facts:
     client: tuple[str, int]
     target: tuple[str, int]  #: original destination
     digest: Callable[[bytes], str]  #: keyed digest (HMAC) of bytes that must not be shown
+    http: Http = field(default_factory=Http)  #: what is secret in HTTP besides the usual
 
 
 class Layer(Interface):

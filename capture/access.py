@@ -89,7 +89,8 @@ def actor(login_uid: Path | str = _LOGIN_UID) -> str:
         words.append(f"login:{_person(login)}")
     sudo, name = os.environ.get("SUDO_UID", ""), os.environ.get("SUDO_USER", "")
     if sudo or name:
-        words.append(f"sudo:{sudo[:20]}({name[:64]})")
+        claimed = f"sudo:{sudo[:20]}({name[:64]})"
+        words.append(claimed.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
     return " ".join(words)
 
 

@@ -164,7 +164,8 @@ def tell_end(session: Session, direction: Direction, *, reset: bool) -> None:
     if session.prefix is not None or session.closed or session.layer is session.worker.opaque:
         return
     try:
-        effects = session.layer.handle(Eof(direction.side, reset=reset))
+        event = Eof(direction.side, reset, direction.received)
+        effects = session.layer.handle(event)
         if effects:
             run(session, effects, session.worker.now())
     except ProtocolError as wrong:

@@ -222,7 +222,10 @@ class Session:
             self.layer = self.worker.opaque
             self.up.relay = self.down.relay = FOREVER
         else:
-            facts = Facts(self.number, self.client, self.target, self.worker.keys.digest)
+            worker = self.worker
+            facts = Facts(
+                self.number, self.client, self.target, worker.keys.digest, worker.config.http
+            )
             self.layer = discover()[name].layer(facts)
         if prefix:
             if self.up.relay:
