@@ -61,6 +61,7 @@ async def _gate(config: Config, number: int, store: Store, own: set[str], loop: 
         store, keys, f"gate-{number}", role="gate", worker=number, settings=_settings(config),
         wake=worker.wake, config_sha256=config.sha256,
     )  # fmt: skip
+    await link.greet()  # connections that waited for a gate have their owners asked at once
     worker.start(writer)
     stopping = asyncio.Event()
     kernel = loop.create_task(record_kernel(config, writer, stopping)) if number == 0 else None

@@ -112,7 +112,9 @@ class SensorLink:
     async def greet(self, longest_s: float = SETTLE_S) -> None:
         """Wait for the HELLO of a sensor that is there; without one return at once."""
         until = time.monotonic() + longest_s
-        while self._sock is not None and not self.connected and time.monotonic() < until:
+        while self._sock is not None and not self.connected:
+            if time.monotonic() > until:
+                return
             await asyncio.sleep(GREET_S)
 
     def ask(self, handle: int) -> None:
