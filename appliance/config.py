@@ -39,6 +39,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "evidence.checkpoint_s": (1, 5),
     "attribution.wait_ms": (0, 60_000),
     "attribution.replay_entries": (1 << 10, 1 << 26),
+    "review.port": (1, 65535),
 }
 MOST_NAME_BYTES = 128
 _PROTOCOLS = frozenset({"tcp", "udp", "icmp", *map(str, range(256))} - {"6"})
@@ -147,6 +148,16 @@ class Sensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Review:
+    """[review]"""
+
+    address: str = "127.0.0.1"  #: address that the review API listens on; never a client network's
+    port: int = 8443  #: and its port
+    certificate: str = ""  #: PEM file; "" is review.crt in the state directory, made by itself
+    key: str = ""  #: PEM file, mode 0600; "" is review.key in the state directory
+
+
+@dataclass(frozen=True, slots=True)
 class Http:
     """[http]"""
 
@@ -210,6 +221,7 @@ class Config:
     evidence: Evidence = field(default_factory=Evidence)
     attribution: Attribution = field(default_factory=Attribution)
     sensor: Sensor = field(default_factory=Sensor)
+    review: Review = field(default_factory=Review)
     http: Http = field(default_factory=Http)
     route: tuple[Route, ...] = ()
     account: tuple[Account, ...] = ()
@@ -323,6 +335,7 @@ class _Reader:
                 raise self.fail(key, f"must be {low} to {high}")
         if config.evidence.segment_bytes % 4096:
             raise self.fail("evidence.segment_bytes", "must be a multiple of 4096")
+        self._check_review(config.review)
         for kind, entries in (("route", config.route), ("account", config.account)):
             names = [entry.name for entry in entries]
             for name in names:
@@ -335,6 +348,17 @@ class _Reader:
         for account in config.account:
             if account.match == Match():
                 raise self.fail("account.match", f"account {account.name!r} has no selector")
+
+    def _check_review(self, review: Review) -> None:
+        try:
+            ipaddress.ip_address(review.address)
+        except ValueError as wrong:
+            raise self.fail("review.address", "must be an IP address") from wrong
+        for name, path in (("certificate", review.certificate), ("key", review.key)):
+            if path and not path.startswith("/"):
+                raise self.fail(f"review.{name}", "must be an absolute path")
+        if bool(review.certificate) != bool(review.key):
+            raise self.fail("review.key", "certificate and key belong together", "give both")
 
     def _check_name(self, key: str, name: str) -> None:
         """Names stand in records, tables, kernel objects and the lab's paths."""

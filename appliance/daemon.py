@@ -1,8 +1,8 @@
-"""The long-running processes: builds the objects of a gate worker or of the seal, and runs them
-until SIGTERM.
+"""The long-running processes: builds the objects of a gate worker, of the seal or of the review
+API, and runs them until SIGTERM.
 
-The only place where the parts of a process are put together. `appliance.cli` calls `gate` and
-`seal`; systemd units or the lab's supervisor start and restart the processes.
+The only place where the parts of a process are put together. `appliance.cli` calls `gate`, `seal`
+and `review`; systemd units or the lab's supervisor start and restart the processes.
 """
 
 from __future__ import annotations
@@ -118,6 +118,25 @@ def seal(config: Config) -> int:
         if not busy:
             time.sleep(SEAL_S)
     sealer.close()
+    return 0
+
+
+def review(config: Config) -> int:
+    """Run the review API until SIGTERM or SIGINT; return the exit code."""
+    _all_descriptors()
+    return asyncio.run(_review(config))
+
+
+async def _review(config: Config) -> int:
+    from appliance.web.server import Server
+
+    store = Store(config.paths.state, config.paths.run)
+    store.prepare()
+    server = Server(config, store, Keys.load_or_create(config.paths.state))
+    await server.start()
+    log.info("the review API listens on %s, port %d", config.review.address, server.port)
+    await _until_signal(asyncio.get_running_loop())
+    await server.stop()
     return 0
 
 

@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from capture.errors import EvidenceError
-from capture.records import Access
+from capture.records import Access, Decision
 from capture.segment import SegmentWriter
 from capture.settings import SMALL
 
@@ -63,6 +63,13 @@ class AccessLog:
             named = tuple(objects[start : start + MOST_OBJECTS])
             record = Access(who, action, asked, named, outcome)
             self._writer.record(0, record, time.time_ns())
+        self._writer.wait_durable()
+
+    def decide(self, action: str, reason: str) -> None:
+        """Record that a person did something to the appliance, durably; EvidenceError when that
+        cannot be: then it is not to be done.
+        """
+        self._writer.record(0, Decision(actor(), action, reason, "done"), time.time_ns())
         self._writer.wait_durable()
 
 

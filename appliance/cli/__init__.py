@@ -28,6 +28,7 @@ COMMANDS = {
     "evidence": "verify the evidence, or rebuild its index",
     "live": "show the sessions that run now",
     "kill": "end a running session",
+    "token": "make, list or revoke tokens of the review API",
     "redirect": "plan, apply or undo the redirect",
     "doctor": "say what this machine lacks",
     "config": "check or show the configuration",

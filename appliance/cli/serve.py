@@ -1,4 +1,4 @@
-"""`narrows serve gate|seal`: one process of the appliance, until SIGTERM."""
+"""`narrows serve gate|seal|review`: one process of the appliance, until SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from capture.errors import EvidenceError
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's words."""
     settings.add_config(parser)
-    parser.add_argument("process", choices=["gate", "seal"])
+    parser.add_argument("process", choices=["gate", "seal", "review"])
     parser.add_argument("--worker", type=_number, default=0, help="number of the gate worker")
 
 
@@ -34,7 +34,7 @@ def run(words: argparse.Namespace) -> int:
     try:
         if words.process == "gate":
             return daemon.gate(config, words.worker)
-        return daemon.seal(config)
+        return daemon.seal(config) if words.process == "seal" else daemon.review(config)
     except PermissionError as wrong:
         raise Refusal(str(wrong), "it needs root", code=UNAVAILABLE) from wrong
     except (AlreadyRuns, EvidenceError) as wrong:
