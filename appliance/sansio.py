@@ -220,6 +220,9 @@ class Protocol(Interface):
     name: str
     ports: frozenset[int]  #: usual ports: a hint, never proof
     speaks_first: Side
+    #: whether, on its usual ports, silence inside what may be its first message means nothing: for
+    #: protocols whose first bytes are hardly another's
+    waits: bool
 
     def probe(self, prefix: bytes) -> Answer:
         """Say whether the client's first bytes are this protocol's."""

@@ -149,6 +149,7 @@ class HTTP1Protocol:
     name = "http1"
     ports = frozenset({80, 3128, 8000, 8008, 8080, 8081, 8888, 9200})
     speaks_first = CLIENT
+    waits = False
 
     def __init__(self) -> None:
         self._readers: dict[Http, tuple[LineReader, FieldReader]] = {}

@@ -37,7 +37,7 @@ def expected(prefix: bytes, port: int) -> bool:
     Then no silence makes the session opaque: a client could have its credentials recorded, and its
     statements not decoded, by pausing inside the first message. The server waits for it likewise.
     """
-    protocols = (protocol for protocol in _asked(port) if port in protocol.ports)
+    protocols = (protocol for protocol in _asked(port) if protocol.waits and port in protocol.ports)
     return any(protocol.probe(prefix) is Answer.MORE for protocol in protocols)
 
 
