@@ -25,12 +25,11 @@ from appliance.proxy import effects
 from appliance.proxy.detect import detect, expected
 from appliance.proxy.direction import Direction
 from appliance.proxy.loop import DEAD, ENDED, WRITE
-from appliance.proxy.standing import closed
 from appliance.proxy.upstream import why
 from appliance.sansio import CLIENT, FOREVER, UPSTREAM, Facts, Layer, Side
 from capture.errors import EvidenceError
 from capture.frames import Kind, session_name
-from capture.records import KINDS, Attributed, Detected, SessionClose
+from capture.records import Detected, SessionClose
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from appliance.proxy.loop import Timer
     from appliance.proxy.outage import Outage
     from appliance.proxy.worker import Worker
-    from capture.records import Alarm, Record
+    from capture.records import Alarm, Attributed, Record
 
 log = logging.getLogger("narrows.session")
 
@@ -48,7 +47,6 @@ LINGER_S = 5.0
 MOST_OWN_BYTES = 64 * 1024
 _FORGED = frozenset({"forged", "replayed"})
 _DETECT, _LINGER = "gate: detect", "gate: linger"
-_ATTRIBUTED, _DETECTED, _CLOSE = KINDS[Attributed], KINDS[Detected], KINDS[SessionClose]
 _UP, _UP_OWN, _DOWN, _DOWN_OWN = map(int, (Kind.UP, Kind.UP_OWN, Kind.DOWN, Kind.DOWN_OWN))
 
 
@@ -96,7 +94,7 @@ class Session:
         """Who it is became known: record it, and start, or end what is closed already."""
         worker = self.worker
         now = worker.now()
-        worker.lay(_ATTRIBUTED, self.number, worker.standing.attributed(found), now)
+        worker.record_surely(self.number, found, now)
         for alarm in alarms:
             worker.record(self.number, alarm, now)
         self.account = found.account
@@ -216,8 +214,7 @@ class Session:
         if self.timers is not None and _DETECT in self.timers:
             self.timers.pop(_DETECT).cancel()
         self.protocol = name
-        worker = self.worker
-        worker.lay(_DETECTED, self.number, worker.standing.detected(name, reason), worker.now())
+        self.record(Detected(name, reason))
         if name == "opaque":
             self.layer = self.worker.opaque
             self.up.relay = self.down.relay = FOREVER
@@ -369,11 +366,11 @@ class Session:
         assert self.ending is not None
         reason, by = self.ending
         reference = session_name(self.number) if by == "gate" else ""
-        end = closed(
+        end = SessionClose(
             reason, by, self.up.received, self.down.received, self.operations, self.started,
             reference,
         )  # fmt: skip
-        self.worker.lay(_CLOSE, self.number, end, self.worker.now())
+        self.worker.record_surely(self.number, end, self.worker.now())
         self.worker.forget(self)
 
     def record(self, record: Record) -> None:
