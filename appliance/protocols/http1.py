@@ -51,6 +51,10 @@ _BEGINS = re.compile(
     rb"(?:\r\n)?(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|TRACE|PATCH|PURGE|QUERY|COPY|MOVE|LOCK|UNLOCK"
     rb"|MKCOL|PROPFIND|PROPPATCH|REPORT|SEARCH) (?:/|https?://)",
 )
+_METHODS = tuple(
+    b"GET HEAD POST PUT DELETE OPTIONS TRACE PATCH PURGE QUERY COPY MOVE LOCK UNLOCK MKCOL "
+    b"PROPFIND PROPPATCH REPORT SEARCH CONNECT".split()
+)
 _VERSION = re.compile(rb"[\r\n]*[!-~]+[ \t].*\bHTTP/[0-9]", re.IGNORECASE)
 _HTTP2 = b"PRI * HTTP/2"
 _MAY_BEGIN = re.compile(rb"(?:\r(?:\n)?)?(?:[A-Za-z_-]{1,32}(?:[ \t][\t\x20-\x7e\x80-\xff]*)?\r?)?")
@@ -165,6 +169,9 @@ class HTTP1Protocol:
         if _BEGINS.match(prefix) or _VERSION.match(prefix):
             line, newline, _ = prefix.lstrip(b"\r\n").partition(b"\n")
             return Answer.YES if not newline or _VERSION.match(line) else Answer.NO
+        word, space, _ = prefix.lstrip(b"\r\n").partition(b" ")
+        if not space and not any(method.startswith(word) for method in _METHODS):
+            return Answer.NO  # other protocols' clients are not to wait for a word that is none
         return Answer.MORE if _MAY_BEGIN.fullmatch(prefix) else Answer.NO
 
     def layer(self, facts: Facts) -> Layer:
