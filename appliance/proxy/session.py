@@ -25,11 +25,12 @@ from appliance.proxy import effects
 from appliance.proxy.detect import detect, expected
 from appliance.proxy.direction import Direction
 from appliance.proxy.loop import DEAD, ENDED, WRITE
+from appliance.proxy.standing import closed
 from appliance.proxy.upstream import why
 from appliance.sansio import CLIENT, FOREVER, UPSTREAM, Facts, Layer, Side
 from capture.errors import EvidenceError
 from capture.frames import Kind, session_name
-from capture.records import Detected, SessionClose
+from capture.records import KINDS, Attributed, Detected, SessionClose
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from appliance.proxy.loop import Timer
     from appliance.proxy.outage import Outage
     from appliance.proxy.worker import Worker
-    from capture.records import Alarm, Attributed, Record
+    from capture.records import Alarm, Record
 
 log = logging.getLogger("narrows.session")
 
@@ -47,6 +48,7 @@ LINGER_S = 5.0
 MOST_OWN_BYTES = 64 * 1024
 _FORGED = frozenset({"forged", "replayed"})
 _DETECT, _LINGER = "gate: detect", "gate: linger"
+_ATTRIBUTED, _DETECTED, _CLOSE = KINDS[Attributed], KINDS[Detected], KINDS[SessionClose]
 _UP, _UP_OWN, _DOWN, _DOWN_OWN = map(int, (Kind.UP, Kind.UP_OWN, Kind.DOWN, Kind.DOWN_OWN))
 
 
@@ -94,7 +96,7 @@ class Session:
         """Who it is became known: record it, and start, or end what is closed already."""
         worker = self.worker
         now = worker.now()
-        worker.record_surely(self.number, found, now)
+        worker.lay(_ATTRIBUTED, self.number, worker.standing.attributed(found), now)
         for alarm in alarms:
             worker.record(self.number, alarm, now)
         self.account = found.account
@@ -214,7 +216,8 @@ class Session:
         if self.timers is not None and _DETECT in self.timers:
             self.timers.pop(_DETECT).cancel()
         self.protocol = name
-        self.record(Detected(name, reason))
+        worker = self.worker
+        worker.lay(_DETECTED, self.number, worker.standing.detected(name, reason), worker.now())
         if name == "opaque":
             self.layer = self.worker.opaque
             self.up.relay = self.down.relay = FOREVER
@@ -366,11 +369,11 @@ class Session:
         assert self.ending is not None
         reason, by = self.ending
         reference = session_name(self.number) if by == "gate" else ""
-        end = SessionClose(
+        end = closed(
             reason, by, self.up.received, self.down.received, self.operations, self.started,
             reference,
         )  # fmt: skip
-        self.worker.record_surely(self.number, end, self.worker.now())
+        self.worker.lay(_CLOSE, self.number, end, self.worker.now())
         self.worker.forget(self)
 
     def record(self, record: Record) -> None:
