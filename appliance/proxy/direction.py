@@ -157,7 +157,7 @@ class Direction:
             self.pending = True
             worker.stall(session)
             return
-        length = self._receive(area)
+        length = self.receive(area)
         if length <= 0:
             return
         now = worker.now()
@@ -175,7 +175,7 @@ class Direction:
         """Pass bytes on while evidence cannot be written and the route says to go on; return how
         many.
         """
-        length = self._receive(scratch)
+        length = self.receive(scratch)
         if length > 0:
             self.received += length
             self.send(bytes(scratch[:length]), 0, 0)
@@ -203,7 +203,8 @@ class Direction:
             self.pending = True
         return data
 
-    def _receive(self, area: memoryview) -> int:
+    def receive(self, area: memoryview) -> int:
+        """Return how many bytes came into `area`; none or fewer when there is nothing to do."""
         try:
             length = self.source.recv_into(area)
         except BlockingIOError:
