@@ -41,6 +41,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "attribution.replay_entries": (1 << 10, 1 << 26),
     "review.port": (1, 65535),
 }
+#: What is held back must take what two chunks of memory hold.
+LEAST_RESERVE_BYTES = 8 << 20
 MOST_NAME_BYTES = 128
 _PROTOCOLS = frozenset({"tcp", "udp", "icmp", *map(str, range(256))} - {"6"})
 
@@ -337,6 +339,10 @@ class _Reader:
                 raise self.fail(key, f"must be {low} to {high}")
         if config.evidence.segment_bytes % 4096:
             raise self.fail("evidence.segment_bytes", "must be a multiple of 4096")
+        reserve = config.evidence.reserve_bytes
+        if reserve and (reserve % 4096 or reserve < LEAST_RESERVE_BYTES):
+            problem = f"must be 0, or a multiple of 4096 from {LEAST_RESERVE_BYTES} on"
+            raise self.fail("evidence.reserve_bytes", problem)
         self._check_review(config.review)
         for kind, entries in (("route", config.route), ("account", config.account)):
             names = [entry.name for entry in entries]

@@ -44,6 +44,12 @@ def test_the_ends_of_a_range_are_taken(tmp_path, key):
         assert getattr(getattr(load(path), table), name) == value
 
 
+@pytest.mark.parametrize("size", [4096, (8 << 20) - 4096, (8 << 20) + 1])
+def test_space_held_back_is_none_or_takes_what_memory_holds(tmp_path, size):
+    refused = wrong(tmp_path, f"[evidence]\nreserve_bytes = {size}\n")
+    assert (refused.key, refused.line) == ("evidence.reserve_bytes", 2)
+
+
 @pytest.mark.parametrize(
     "name", ["", " x", "a/b", "..", "../../x", "\\u001b[31m", "\\u202e", 129 * "x", 65 * "é"]
 )
