@@ -129,6 +129,16 @@ class Sensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Tls:
+    """[tls]"""
+
+    #: certificate of the gate's own authority; empty: ca.pem in `paths.state`, made when it is
+    #: not there
+    ca: str = ""
+    ca_key: str = ""  #: its key, mode 0600; empty: ca.key in `paths.state`
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """[[route]], first match wins"""
 
@@ -145,6 +155,14 @@ class Route:
     on_evidence_failure: Literal["closed", "open"] = "closed"  #: when evidence cannot be written
     on_failure: Literal["closed", "bypass"] = "closed"  #: when no gate process is there
     source: Literal["client", "gate"] = "client"  #: whose address the upstream sees
+    tls: Literal["intercept", "passthrough"] = "passthrough"  #: whether TLS is opened
+    #: how the upstream's certificate is checked where TLS is opened
+    tls_verify: Literal["system", "pinned", "off"] = "system"
+    tls_ca: str = ""  #: file of the authorities that "pinned" means
+    tls_certificate: str = ""  #: file of the server's own certificate (chain), to show to clients
+    tls_key: str = ""  #: its key, mode 0600
+    #: "plain": TLS ends at the gate, and the upstream is spoken to in the clear
+    tls_upstream: Literal["tls", "plain"] = "tls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +200,7 @@ class Config:
     evidence: Evidence = field(default_factory=Evidence)
     attribution: Attribution = field(default_factory=Attribution)
     sensor: Sensor = field(default_factory=Sensor)
+    tls: Tls = field(default_factory=Tls)
     route: tuple[Route, ...] = ()
     account: tuple[Account, ...] = ()
     file: str = ""
@@ -304,9 +323,30 @@ class _Reader:
                 raise self.fail(
                     "route.action", f"{route.action!r} does not fit {route.protocol!r}", hint
                 )
+            self._check_tls(route)
+        if bool(config.tls.ca) != bool(config.tls.ca_key):
+            raise self.fail("tls.ca", "ca and ca_key go together")
+        for name in ("ca", "ca_key"):
+            self._check_absolute(f"tls.{name}", getattr(config.tls, name))
         for account in config.account:
             if account.match == Match():
                 raise self.fail("account.match", f"account {account.name!r} has no selector")
+
+    def _check_tls(self, route: Route) -> None:
+        """Refuse a route whose `tls_...` keys do not fit together."""
+        for name in ("tls_ca", "tls_certificate", "tls_key"):
+            self._check_absolute(f"route.{name}", getattr(route, name))
+        if (route.tls_verify == "pinned") != bool(route.tls_ca):
+            raise self.fail("route.tls_verify", '"pinned" and tls_ca go together')
+        if bool(route.tls_certificate) != bool(route.tls_key):
+            raise self.fail("route.tls_certificate", "tls_certificate and tls_key go together")
+        plain = route.tls == "passthrough"
+        if plain and (route.tls_certificate or route.tls_ca or route.tls_upstream == "plain"):
+            raise self.fail("route.tls", '"passthrough" opens nothing', 'set tls = "intercept"')
+
+    def _check_absolute(self, key: str, path: str) -> None:
+        if path and not path.startswith("/"):
+            raise self.fail(key, "must be an absolute path")
 
 
 def _network(value: Any) -> Network:

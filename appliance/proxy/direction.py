@@ -17,6 +17,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from appliance.proxy.loop import DEAD, ENDED, READ, WRITE
+from appliance.proxy.tls.stream import TlsStream
 from appliance.proxy.upstream import abort
 from capture.errors import EvidenceError
 from capture.frames import session_name
@@ -39,8 +40,8 @@ class Direction:
 
     __slots__ = (
         "back", "ended", "fd", "kind", "own_kind", "own_sent", "own_waits", "reading", "received",
-        "relay", "session", "shut", "side", "sink", "source", "unsent", "unsent_bytes", "watched",
-        "writing",
+        "relay", "session", "shut", "side", "sink", "source", "stream", "unsent", "unsent_bytes",
+        "watched", "writing",
     )  # fmt: skip
 
     back: Direction  #: the other direction of the session
@@ -51,8 +52,9 @@ class Direction:
     ) -> None:  # fmt: skip
         self.session = session
         self.side = side
-        self.source = source
-        self.sink = sink
+        self.source: socket.socket | TlsStream = source
+        self.sink: socket.socket | TlsStream = sink
+        self.stream: TlsStream | None = None  #: the source, when the gate opened its TLS
         self.fd = source.fileno()
         self.kind = kind  #: frame kind of received bytes
         self.own_kind = own_kind  #: frame kind of the gate's own bytes sent to `sink`
@@ -79,6 +81,8 @@ class Direction:
             if self.reading:
                 if mask & ~WRITE:
                     self.session.readable(self)
+                    if self.stream is not None:
+                        self._again()
             elif mask & ~WRITE and not self.session.closed:
                 self._unread(mask)
         except Exception:
@@ -97,8 +101,15 @@ class Direction:
             self.session.worker.sockets.forget(self.fd)
             self.watched = -1
 
+    def _again(self) -> None:
+        """Ask for another turn for what the source has decrypted, or could."""
+        if self.reading and self.stream is not None and self.stream.pending:
+            self.session.worker.sockets.again(self.fd)
+
     def watch(self) -> None:
         """Tell the loop what is wanted of the source now."""
+        if self.stream is not None:
+            self._again()
         mask = READ if self.reading else 0
         if self.back.writing:
             mask |= WRITE
@@ -254,6 +265,8 @@ class Direction:
     def flush(self) -> None:
         """Send what is unsent, as far as the sink takes it and the disk has it."""
         if self.unsent is None:
+            if self.writing:
+                self.session.writable(self)
             return
         session = self.session
         durable = session.worker.writer.durable if session.waits_for_disk else -1
@@ -315,6 +328,9 @@ class Direction:
                 return  # both ways are ended: the session closes now, and that says the same
             try:
                 self.sink.shutdown(socket.SHUT_WR)
+            except BlockingIOError:
+                self.shut = False  # TLS has something to say first, and no room: `Session.writable`
+                self._want_write()
             except OSError:
                 pass  # it is gone already; the other direction will notice
 
@@ -326,6 +342,8 @@ class Direction:
         self.unsent = None
         self.unsent_bytes = 0
         self.own_waits = False
+        if self.back.stream is not None:
+            self.back.stream.forget()
         if self.writing:
             self.writing = False
             if not self.session.closed:
@@ -339,6 +357,6 @@ class Direction:
             self.session.worker.sockets.drop(self.fd)
             self.watched = -1
         if reset:
-            abort(self.source)
+            abort(self.source.raw if isinstance(self.source, TlsStream) else self.source)
         else:
             self.source.close()

@@ -25,6 +25,7 @@ from appliance.sansio import (
     ProtocolError,
     Relay,
     SetTimer,
+    StartTls,
 )
 from capture.errors import EvidenceError
 from capture.frames import session_name
@@ -122,6 +123,8 @@ def run(session: Session, effects: list[Effect], now: int) -> None:
             relayed.relay = effect.length  # type: ignore[union-attr]
         elif kind is Close:
             session.end_side(effect.side, effect.reason)  # type: ignore[union-attr]
+        elif kind is StartTls:
+            session.start_tls(both=effect.both)  # type: ignore[union-attr]
         elif kind is SetTimer:
             _set_timer(session, effect)  # type: ignore[arg-type]
         if session.closed:

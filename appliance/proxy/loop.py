@@ -47,6 +47,7 @@ class Sockets(selectors.BaseSelector):
         self._control = selectors.EpollSelector()
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
+        self._again: dict[int, None] = {}
         self._epoll.register(self._control.fileno(), READ)
 
     def watch(self, fd: int, handler: Callable[[int], None], mask: int) -> None:
@@ -62,19 +63,30 @@ class Sockets(selectors.BaseSelector):
         """Give a watched descriptor another handler."""
         self._handlers[fd] = handler
 
+    def again(self, fd: int) -> None:
+        """Call the handler with READ in the next turn, whether or not the socket is readable: what
+        it is to read was taken from the socket already (TLS).
+        """
+        self._again[fd] = None
+
     def forget(self, fd: int) -> None:
         """Watch a descriptor no more; it stays open."""
+        self._again.pop(fd, None)
         del self._handlers[fd]
         self._epoll.unregister(fd)
 
     def drop(self, fd: int) -> None:
         """Watch a descriptor no more that is closed now: closing takes it out of the epoll."""
+        self._again.pop(fd, None)
         del self._handlers[fd]
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Call the handlers of what happened; return what asyncio has to do."""
         wait = -1.0 if timeout is None else max(timeout, 0.0)
         handlers = self._handlers
+        if self._again:
+            wait = 0.0
+            self._call_again()
         mine = 0
         for fd, mask in self._epoll.poll(wait, MOST_EVENTS):
             handler = handlers.get(fd)
@@ -83,6 +95,13 @@ class Sockets(selectors.BaseSelector):
             else:
                 mine = 1
         return self._control.select(0) if mine else []
+
+    def _call_again(self) -> None:
+        again, self._again = self._again, {}
+        for fd in again:
+            handler = self._handlers.get(fd)
+            if handler is not None:
+                handler(READ)
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         """For asyncio."""

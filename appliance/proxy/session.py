@@ -25,8 +25,10 @@ from appliance.proxy import effects
 from appliance.proxy.detect import detect
 from appliance.proxy.direction import Direction
 from appliance.proxy.loop import DEAD, ENDED
+from appliance.proxy.tls.handshake import TIMER, Handshake, broken_later
 from appliance.proxy.upstream import why
 from appliance.sansio import CLIENT, FOREVER, UPSTREAM, Facts, Layer, Side
+from appliance.wire.clienthello import may_begin
 from capture.errors import EvidenceError
 from capture.frames import Kind, session_name
 from capture.records import Detected, SessionClose
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from appliance.config import Route
     from appliance.proxy.loop import Timer
     from appliance.proxy.outage import Outage
+    from appliance.proxy.tls.stream import TlsStream
     from appliance.proxy.worker import Worker
     from capture.records import Alarm, Attributed, Record
 
@@ -55,8 +58,8 @@ class Session:
 
     __slots__ = (
         "account", "attributed", "client", "closed", "connected", "down", "ending", "first_end",
-        "layer", "number", "operations", "outage", "prefix", "protocol", "read_last", "reason",
-        "route", "stalled", "started", "target", "timers", "up", "waits_for_disk", "worker",
+        "handshake", "layer", "number", "operations", "outage", "prefix", "protocol", "read_last",
+        "reason", "route", "stalled", "started", "target", "timers", "up", "waits_for_disk", "worker",
     )  # fmt: skip
 
     layer: Layer
@@ -85,6 +88,7 @@ class Session:
         self.reason = ""
         self.read_last: object = None  #: what the layer wanted to read when that was last looked at
         self.timers: dict[str, Timer] | None = None
+        self.handshake: Handshake | None = None  #: while TLS is being opened
         #: while evidence cannot be written and the route says to go on
         self.outage: Outage | None = None
 
@@ -124,7 +128,9 @@ class Session:
         if self.closed:
             return
         running = self.attributed and self.connected and not self.stalled
-        if self.prefix is None:
+        if self.handshake is not None:
+            reading: frozenset[Side] | None = frozenset({self.handshake.side})
+        elif self.prefix is None:
             reading = self.read_last = self.layer.reading
         else:
             reading = None
@@ -144,7 +150,9 @@ class Session:
     def readable(self, direction: Direction) -> None:
         """The loop says that `direction` has bytes."""
         try:
-            if self.outage is not None:
+            if self.handshake is not None:
+                self.handshake.moved(direction)
+            elif self.outage is not None:
                 self.outage.receive(direction)
             elif direction.relay:
                 direction.receive_relayed()
@@ -158,6 +166,17 @@ class Session:
                 direction.receive_for_layer()
         except EvidenceError:
             self.unrecordable()
+
+    def writable(self, direction: Direction) -> None:
+        """There is room again where a TLS leg had something of its own to say."""
+        if self.handshake is not None:
+            self.handshake.moved(direction.back)
+            return
+        direction.writing = False
+        direction.back.watch()
+        if direction.ended:
+            direction.finish()
+            self._close_if_done()
 
     def feed(self, direction: Direction, data: memoryview | bytes, offset: int, now: int) -> None:
         """Give bytes that are in the evidence to the layer."""
@@ -182,13 +201,21 @@ class Session:
 
     def _detecting(self, direction: Direction) -> None:
         if direction.side is UPSTREAM:
-            self._choose("opaque", "server-first")
+            if direction.stream is None or direction.stream.peek():
+                self._choose("opaque", "server-first")
             return
         data = direction.receive_private()
         if not data:
             return
         assert self.prefix is not None
         self.prefix = self.prefix + data if self.prefix else data
+        if self.route.tls == "intercept" and not self.up.stream and may_begin(self.prefix):
+            self._begin_tls(self.prefix, due=False)
+            return
+        self._detect()
+
+    def _detect(self) -> None:
+        assert self.prefix is not None
         protocol, reason = detect(self.prefix, self.target[1])
         if protocol is not None:
             self._choose(protocol.name, reason)
@@ -213,14 +240,22 @@ class Session:
             self.layer = self.worker.opaque
             self.up.relay = self.down.relay = FOREVER
         else:
-            facts = Facts(self.number, self.client, self.target, self.worker.keys.digest)
-            self.layer = discover()[name].layer(facts)
+            self.layer = discover()[name].layer(self._facts())
         if prefix:
             if self.up.relay:
                 self._pass_on(prefix)
             else:
                 effects.feed_private(self, self.up, prefix)
         self.interest()
+
+    def _facts(self) -> Facts:
+        route, in_tls = self.route, self.up.stream is not None
+        return Facts(
+            self.number, self.client, self.target, self.worker.keys.digest,
+            opens_tls=route.tls == "intercept" and not in_tls, in_tls=in_tls,
+            plain_upstream=route.tls_upstream == "plain",
+            same_certificate=bool(route.tls_certificate),
+        )  # fmt: skip
 
     def _pass_on(self, data: bytes) -> None:
         """Record bytes from the client that were held back, and send them on."""
@@ -250,10 +285,58 @@ class Session:
                 direction.send(held, 0, position)
         self.interest()
 
+    @property
+    def client_socket(self) -> socket.socket:
+        """Return the client's socket itself."""
+        source = self.up.source
+        return source if isinstance(source, socket.socket) else source.raw
+
+    # -- TLS ---------------------------------------------------------------------------------------
+
+    def start_tls(self, *, both: bool) -> None:
+        """The layer says that TLS begins: the client's next bytes are its ClientHello."""
+        assert both is (self.route.tls_upstream == "tls")
+        self._begin_tls(b"", due=True)
+
+    def _begin_tls(self, first: bytes, *, due: bool) -> None:
+        """Open TLS from here on; `first` is what came of the ClientHello already."""
+        if not due:
+            self.prefix = b""
+            if self.timers is not None and _DETECT in self.timers:
+                self.timers.pop(_DETECT).cancel()
+        self.handshake = Handshake(self, first, due=due)
+        if first:
+            self.handshake.step()
+        self.interest()
+
+    def not_tls(self, first: bytes) -> None:
+        """What looked like TLS is none: detection goes on."""
+        self._handshake_over()
+        self.prefix = first
+        self._detect()
+        self.interest()
+
+    def in_tls(self, near: TlsStream, far: TlsStream | None) -> None:
+        """Both legs are up: from here on sockets give and take plaintext."""
+        self._handshake_over()
+        self.up.source = self.up.stream = self.down.sink = near
+        if far is not None:
+            self.down.source = self.down.stream = self.up.sink = far
+            near.other, far.other = far, near
+        self.interest()
+
+    def _handshake_over(self) -> None:
+        self.handshake = None
+        if self.timers is not None and TIMER in self.timers:
+            self.timers.pop(TIMER).cancel()
+
     # -- ends --------------------------------------------------------------------------------------
 
     def source_ended(self, direction: Direction) -> None:
         """The source sent FIN: pass it on after what is unsent, and close when both have."""
+        if self.handshake is not None:
+            self.handshake.ended(direction.side.value)
+            return
         direction.ended = True
         if self.ending is None and not direction.back.ended:
             self.first_end = direction.side.value
@@ -297,6 +380,11 @@ class Session:
 
     def broken(self, direction: Direction, failed: int) -> None:
         """The source was reset, or gave up with errno `failed`: reset the other side too."""
+        if self.handshake is not None:
+            self.handshake.ended(direction.side.value)
+            return
+        if failed == errno.EPROTO and direction.stream is not None:
+            broken_later(self, direction)
         try:
             effects.tell_end(self, direction, reset=True)
         except EvidenceError:
@@ -323,7 +411,7 @@ class Session:
             return
         self.ending = (reason, "gate")
         self.reason = message
-        if self.prefix is not None or not self.connected:
+        if self.prefix is not None or not self.connected or self.handshake is not None:
             self.close(reason, "gate", reset=bool(self.prefix) or not self.connected)
             return
         self.set_timer(_LINGER, LINGER_S, self._linger_over)
@@ -340,6 +428,9 @@ class Session:
         if self.closed:
             return
         self.closed = True
+        if self.handshake is not None:
+            self.handshake.told_of_end(reason, by)
+            self.handshake = None
         self.ending = (reason, by)
         for timer in (self.timers or {}).values():
             timer.cancel()

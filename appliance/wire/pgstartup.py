@@ -14,6 +14,12 @@ message by message.
     READY      ReadyForQuery came; both sides' rest is the next stage's
     CANCELLED  the client asked to cancel another session's query; the server answers by closing
     SEALED     the session went on in TLS and is not decoded
+    REFUSED    the gate answered with an error; both sides are being closed
+
+Where the gate opens TLS (`Facts.opens_tls`), the server's S is followed by both handshakes, and the
+client begins anew inside. Channel binding ties SCRAM to the certificate that the client saw; where
+that is the gate's, the mechanism with it is taken out of the server's list, and a client that says
+that it would have used it is refused: the server would take it for an attack.
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ from appliance.sansio import (
     FOREVER,
     UPSTREAM,
     Audit,
+    Close,
     Effect,
     Forward,
     Hide,
@@ -34,6 +41,7 @@ from appliance.sansio import (
     ProtocolError,
     Relay,
     Side,
+    StartTls,
 )
 from appliance.wire import pgmessages
 from appliance.wire.pgmessages import (
@@ -46,6 +54,7 @@ from appliance.wire.pgmessages import (
 )
 from appliance.wire.pgpipeline import told
 from appliance.wire.pgtypes import text_of
+from capture.frames import session_name
 from capture.records import Fact, Operation, Result, Withheld
 
 if TYPE_CHECKING:
@@ -56,12 +65,20 @@ if TYPE_CHECKING:
 MOST_MESSAGE_BYTES = 65_536 + 64  #: the server's PG_MAX_AUTH_TOKEN_LENGTH, and its header
 MOST_WAITING_BYTES = 64 * 1024  #: of the client, before the server is ready; then it is not read
 
+#: What a client is told whose SCRAM exchange is bound to another certificate than the server's.
+BINDING = (
+    "SCRAM channel binding does not pass TLS that the gate opens: "
+    "connect with channel_binding=disable where the driver has it, or ask the gate's operator"
+)
+INVALID_AUTHORIZATION = "28000"
+
 _HEADER = Struct("!BI").unpack_from
 _PACKET = Struct("!II").unpack_from
 _INT4 = Struct("!I").unpack_from
 _HEADER_BYTES = 5
 _PACKET_BYTES = 8
 _PASSWORD = ord("p")
+_SASL = (10).to_bytes(4, "big")
 _TERMINATE = ord("X")
 
 #: Requests of AuthenticationRequest: what the evidence calls them.
@@ -80,6 +97,7 @@ class Phase(Enum):
     READY = "ready"
     CANCELLED = "cancelled"
     SEALED = "sealed"
+    REFUSED = "refused"
 
 
 class Startup:
@@ -87,7 +105,7 @@ class Startup:
 
     __slots__ = (
         "_client", "_client_at", "_facts", "_gss_refused", "_mechanism", "_method", "_out",
-        "_server", "_server_at", "_ssl_refused", "authenticated", "parameters", "phase",
+        "_server", "_server_at", "_ssl_refused", "_tls", "authenticated", "parameters", "phase",
         "replication",
     )  # fmt: skip
 
@@ -101,6 +119,7 @@ class Startup:
         self._method = "none"
         self._mechanism = ""
         self._ssl_refused = self._gss_refused = False
+        self._tls = facts.in_tls  #: the gate opened it
         self.phase = Phase.OPEN
         self.authenticated = False
         self.replication = False
@@ -117,8 +136,16 @@ class Startup:
             return self._client_at, bytes(self._client)
         return self._server_at, bytes(self._server)
 
+    @property
+    def _unbound(self) -> bool:
+        """Say whether client and server see different certificates."""
+        facts = self._facts
+        return self._tls and not facts.plain_upstream and not facts.same_certificate
+
     def feed(self, data: Data, out: list[Effect]) -> None:
         """Decode bytes of either side. Raises ProtocolError."""
+        if self.phase is Phase.REFUSED:
+            return
         self._out = out
         kept, at = (
             (self._client, self._client_at)
@@ -194,10 +221,24 @@ class Startup:
         return True
 
     def _ask_ssl(self) -> None:
-        if self._ssl_refused:
+        if self._ssl_refused or self._tls:
             raise Malformed("SSLRequest came twice")
+        if self._facts.opens_tls and self._facts.plain_upstream:
+            self._answer_ssl()
+            return
         self._pass_client(_PACKET_BYTES)
         self.phase = Phase.ASKED
+
+    def _answer_ssl(self) -> None:
+        """Answer S in the server's place, which is spoken to in the clear."""
+        self._out.append(Audit(Withheld("client", self._client_at, _PACKET_BYTES, "tls")))
+        self._out.append(Forward(CLIENT, b"S", Origin.SYNTHESISED))
+        del self._client[:_PACKET_BYTES]
+        self._client_at += _PACKET_BYTES
+        if self._client:
+            raise Malformed("bytes came together with SSLRequest")
+        self._tls = True
+        self._out.append(StartTls(both=False))
 
     def _refuse_gss(self) -> None:
         """Answer N in the server's place: a session that goes to GSS encryption is not readable."""
@@ -254,8 +295,22 @@ class Startup:
             self._hide(data, at + _HEADER_BYTES, at + end, self._secret)
             if len(client) < end:
                 return
-            self._name_mechanism(bytes(client[_HEADER_BYTES:end]))
+            body = bytes(client[_HEADER_BYTES:end])
+            if self._unbound and self._method == "sasl" and not self._mechanism and _binds(body):
+                self._refuse_binding()
+                return
+            self._name_mechanism(body)
             self._pass_client(end)
+
+    def _refuse_binding(self) -> None:
+        self._out.extend(self.withhold("channel-binding"))
+        told = f"{BINDING} (reference {session_name(self._facts.session)})"
+        self._fact("error", {"sqlstate": INVALID_AUTHORIZATION, "message": told})
+        error = pgmessages.error_response(INVALID_AUTHORIZATION, told)
+        self._out.append(Forward(CLIENT, error, Origin.SYNTHESISED))
+        self._out.append(Close(CLIENT, BINDING))
+        self._out.append(Close(UPSTREAM, BINDING))
+        self.phase = Phase.REFUSED
 
     @property
     def _secret(self) -> str:
@@ -290,7 +345,11 @@ class Startup:
             if len(server) < end:
                 return
             self._server_message(kind, bytes(server[_HEADER_BYTES:end]))
-            self._pass_server(end)
+            offered = self._without_binding(kind, bytes(server[_HEADER_BYTES:end]))
+            if offered is None:
+                self._pass_server(end)
+            else:
+                self._replace_server(end, offered)
 
     def _ssl_answer(self) -> bool:
         """Handle the byte that answers SSLRequest; False when the session is TLS from here on."""
@@ -305,6 +364,12 @@ class Startup:
         if answer == ord("S"):
             if len(self._server) > 1:
                 raise Malformed("bytes came together with the answer to SSLRequest")
+            if self._facts.opens_tls:
+                self._pass_server(1)
+                self._out.append(StartTls(both=True))
+                self._tls = True
+                self.phase = Phase.OPEN
+                return False
             self._fact("undecoded", {"why": "tls", "secrets": "unparsed"})
             self._pass_server(1)
             self._out.append(Relay(CLIENT, FOREVER))
@@ -362,6 +427,26 @@ class Startup:
         minor = version & 0xFFFF  # servers send the minor number alone or the whole version
         self._fact("negotiate", {"protocol": f"3.{minor}", "refused": refused})
 
+    def _without_binding(self, kind: int, body: bytes) -> bytes | None:
+        """Return what the client gets in place of the server's list of SASL mechanisms, or None for
+        the list as it is.
+        """
+        if kind != ord("R") or not self._unbound or body[:4] != _SASL:
+            return None
+        names = body[4:].split(b"\0")
+        left = [name for name in names if not name.endswith(b"-PLUS")]
+        if left == names or not any(left):
+            return None
+        told = _SASL + b"\0".join(left)
+        return b"R" + (len(told) + 4).to_bytes(4, "big") + told
+
+    def _replace_server(self, length: int, by: bytes) -> None:
+        withheld = Withheld("upstream", self._server_at, length, "channel-binding")
+        self._out.append(Audit(withheld))
+        self._out.append(Forward(CLIENT, by, Origin.SYNTHESISED))
+        del self._server[:length]
+        self._server_at += length
+
     def _pass_server(self, length: int) -> None:
         self._out.append(Forward(CLIENT, bytes(self._server[:length])))
         del self._server[:length]
@@ -377,6 +462,8 @@ class Startup:
     def finish(self, event: Eof) -> list[Effect]:
         """A side ended. That is also the only answer to a cancel request."""
         out: list[Effect] = []
+        if self.phase is Phase.REFUSED:
+            return out
         if event.side is CLIENT or event.reset:
             out = self.withhold("reset" if event.reset else "incomplete")
         if self.phase is Phase.CANCELLED and event.side is UPSTREAM:
@@ -404,3 +491,11 @@ def _server_secrets(kind: int, message: bytearray) -> Iterator[tuple[int, str]]:
         secret = _SECRET_ANSWERS.get(_INT4(message, _HEADER_BYTES)[0])
         if secret is not None:
             yield _HEADER_BYTES + 4, secret
+
+
+def _binds(body: bytes) -> bool:
+    """Say whether a SASLInitialResponse uses channel binding, or says that it would (RFC 5802,
+    section 7: the gs2-cbind-flag).
+    """
+    name, _, rest = body.partition(b"\0")
+    return name.startswith(b"SCRAM-") and rest[4:5] in (b"p", b"y")
