@@ -59,7 +59,8 @@ class Session:
     __slots__ = (
         "account", "attributed", "client", "closed", "connected", "down", "ending", "first_end",
         "handshake", "layer", "number", "operations", "outage", "prefix", "protocol", "read_last",
-        "reason", "route", "stalled", "started", "target", "timers", "up", "waits_for_disk", "worker",
+        "reason", "route", "stalled", "started", "target", "timers", "up", "waits_for_disk",
+        "worker",
     )  # fmt: skip
 
     layer: Layer
@@ -324,6 +325,8 @@ class Session:
             self.down.source = self.down.stream = self.up.sink = far
             near.other, far.other = far, near
         self.interest()
+        self.up.watch()  # plaintext may have come with the end of the handshake
+        self.down.watch()
 
     def _handshake_over(self) -> None:
         self.handshake = None

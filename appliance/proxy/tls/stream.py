@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import ssl
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import socket
@@ -129,7 +129,8 @@ class TlsStream:
             except OSError:
                 return True  # recv says so itself
         area = memoryview(bytearray(LEAST_BYTES))
-        self._early += bytes(area[: self._decrypt(area)])
+        length = self._decrypt(area)
+        self._early += area[:length]
         return bool(self._early) or self._ended or self._failed is not None
 
     def recv(self, size: int) -> bytes:
@@ -172,7 +173,7 @@ class TlsStream:
         read = self._tls.read
         while done < room:
             try:
-                length = read(room - done, area[done:])
+                length: Any = read(room - done, area[done:])  # its length, with a buffer
             except ssl.SSLWantReadError:
                 self._dry = True
                 break
@@ -261,7 +262,7 @@ class TlsStream:
         # OpenSSL's shutdown reads on, and takes data that it finds there for an error
         area = memoryview(bytearray(LEAST_BYTES))
         while not self._dry and not self._ended and (length := self._decrypt(area)):
-            self._early += bytes(area[:length])
+            self._early += area[:length]
         with contextlib.suppress(ssl.SSLError):  # the peer's own end is not here yet
             self._tls.unwrap()
 
