@@ -82,7 +82,7 @@ class Direction:
                 if mask & ~WRITE:
                     self.session.readable(self)
                     if self.stream is not None:
-                        self._again()
+                        self.again()
             elif mask & ~WRITE and not self.session.closed:
                 self._unread(mask)
         except Exception:
@@ -101,7 +101,7 @@ class Direction:
             self.session.worker.sockets.forget(self.fd)
             self.watched = -1
 
-    def _again(self) -> None:
+    def again(self) -> None:
         """Ask for another turn for what the source has decrypted, or could."""
         if self.reading and self.stream is not None and self.stream.pending:
             self.session.worker.sockets.again(self.fd)
@@ -109,7 +109,7 @@ class Direction:
     def watch(self) -> None:
         """Tell the loop what is wanted of the source now."""
         if self.stream is not None:
-            self._again()
+            self.again()
         mask = READ if self.reading else 0
         if self.back.writing:
             mask |= WRITE
@@ -333,6 +333,7 @@ class Direction:
                 self._want_write()
             except OSError:
                 pass  # it is gone already; the other direction will notice
+            self.back.again()  # TLS reads what is there before it says its end
 
     def drop(self) -> None:
         """Forget what is unsent."""

@@ -30,8 +30,8 @@ class TlsStream:
     """One leg. `other` is the session's other leg when that is TLS, too."""
 
     __slots__ = (
-        "_ciphertext", "_dry", "_early", "_ended", "_failed", "_incoming", "_outgoing", "_owed",
-        "_raw", "_said_end", "_scratch", "_tls", "_told_end", "other", "truncated",
+        "_ciphertext", "_cut", "_dry", "_early", "_ended", "_failed", "_incoming", "_outgoing",
+        "_owed", "_raw", "_said_end", "_scratch", "_tls", "_told_end", "other", "truncated",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +47,7 @@ class TlsStream:
         self._early = bytearray()  #: decrypted before it was asked for
         self._ciphertext = memoryview(b"")  #: what the socket has not taken
         self._owed = 0  #: plaintext whose ciphertext is not sent to its end
+        self._cut = False  #: the socket gave its end
         self._dry = False  #: what is there of the next record is not all of it
         self._ended = self._said_end = self._told_end = False
         self._failed: ssl.SSLError | None = None
@@ -166,6 +167,7 @@ class TlsStream:
             self._incoming.write(self._scratch[:length])
         else:
             self._incoming.write_eof()
+            self._cut = True
         self._dry = False
 
     def _decrypt(self, area: memoryview) -> int:
@@ -177,22 +179,26 @@ class TlsStream:
             except ssl.SSLWantReadError:
                 self._dry = True
                 break
-            except ssl.SSLZeroReturnError:
-                self._ended = True
-                break
-            except ssl.SSLEOFError:
-                self._ended = self.truncated = True
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                self._end()
                 break
             except ssl.SSLError as wrong:
                 self._failed = wrong
                 break
-            if not length:  # the same as SSLZeroReturnError, where Python suppresses it
-                self._ended = True
+            if not length:  # how Python tells an end of either kind, mostly
+                self._end()
                 break
             done += length
         if self._outgoing.pending:  # an alert, or the answer to a key update
             self._push_quietly()
         return done
+
+    def _end(self) -> None:
+        """The peer sends no more. A close_notify is read before the socket's own end is asked for:
+        whoever ends after that one did not say so.
+        """
+        self._ended = True
+        self.truncated = self._cut
 
     # -- sending
 
