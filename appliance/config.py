@@ -25,6 +25,24 @@ from typing import Any, Literal, get_args, get_origin
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 EXIT_CONFIG = 78
 
+#: What numbers may be, both ends included; docs/configuration.md tells them.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "gate.workers": (0, 256),
+    "gate.listen_port": (1, 65535),
+    "gate.connect_timeout_s": (0.1, 3600),
+    "gate.detect_ms": (1, 60_000),
+    "gate.max_sessions": (1, 1_000_000),
+    "evidence.segment_bytes": (8 << 20, 1 << 36),
+    "evidence.chunk_count": (3, 1024),
+    "evidence.commit_ms": (1, 10_000),
+    "evidence.reserve_bytes": (0, 1 << 36),
+    "evidence.checkpoint_s": (1, 5),
+    "attribution.wait_ms": (0, 60_000),
+    "attribution.replay_entries": (1 << 10, 1 << 26),
+}
+MOST_NAME_BYTES = 128
+_PROTOCOLS = frozenset({"tcp", "udp", "icmp", *map(str, range(256))} - {"6"})
+
 
 class ConfigError(Exception):
     """The configuration cannot be used; one line says where, what and what to do."""
@@ -81,7 +99,7 @@ class Gate:
     workers: int = 0  #: processes; 0 means one a core
     listen_port: int = 15001  #: port of the transparent listeners
     connect_timeout_s: float = 10.0  #: for the upstream connection
-    #: how long a client may be silent, or undecided, before its session is opaque
+    #: how long the first bytes of a client may be undecided before its session is opaque
     detect_ms: int = 200
     max_sessions: int = 9000  #: per worker; above it connections wait in the backlog
 
@@ -126,6 +144,16 @@ class Sensor:
     prefixes: tuple[Network, ...] = ()  #: destinations towards which the SYN option is written
     covers: tuple[Network, ...] = ()  #: client addresses that this sensor answers for
     host: str = ""  #: name of this host in owner records; "" is the host name
+
+
+@dataclass(frozen=True, slots=True)
+class Http:
+    """[http]"""
+
+    #: headers whose values are never in the clear, besides those of docs/protocols/http1.md
+    secret_headers: tuple[str, ...] = ()
+    #: query parameters whose values are never in the clear, besides those listed there
+    secret_parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +229,7 @@ class Config:
     attribution: Attribution = field(default_factory=Attribution)
     sensor: Sensor = field(default_factory=Sensor)
     tls: Tls = field(default_factory=Tls)
+    http: Http = field(default_factory=Http)
     route: tuple[Route, ...] = ()
     account: tuple[Account, ...] = ()
     file: str = ""
@@ -296,7 +325,8 @@ class _Reader:
             raise self.fail(key, "must be a list")
         if dataclasses.is_dataclass(item):
             return tuple(self.table(item, entry, f"{key}[{n}]") for n, entry in enumerate(value))
-        return tuple(self._converted(_network, entry, key) for entry in value)
+        convert = _name if item is str else _network
+        return tuple(self._converted(convert, entry, key) for entry in value)
 
     def _converted(self, convert: Any, value: Any, key: str) -> Any:
         try:
@@ -306,47 +336,70 @@ class _Reader:
 
     def check(self, config: Config) -> None:
         """Refuse values that fit their type and mean nothing."""
-        if not 1 <= config.gate.listen_port <= 65535:
-            raise self.fail("gate.listen_port", "must be a port")
-        if config.evidence.segment_bytes < 8 << 20 or config.evidence.segment_bytes % 4096:
-            raise self.fail("evidence.segment_bytes", "must be a multiple of 4096, 8388608 or more")
-        if config.evidence.chunk_count < 3:
-            raise self.fail("evidence.chunk_count", "must be 3 or more")
+        for key, (low, high) in BOUNDS.items():
+            table, _, name = key.partition(".")
+            if not low <= getattr(getattr(config, table), name) <= high:  # NaN is out, too
+                raise self.fail(key, f"must be {low} to {high}")
+        if config.evidence.segment_bytes % 4096:
+            raise self.fail("evidence.segment_bytes", "must be a multiple of 4096")
         for kind, entries in (("route", config.route), ("account", config.account)):
             names = [entry.name for entry in entries]
+            for name in names:
+                self._check_name(f"{kind}.name", name)
             double = next((name for name in names if names.count(name) > 1), None)
             if double is not None:
                 raise self.fail(f"{kind}.name", f"{double!r} is there twice")
         for route in config.route:
-            if (route.action == "allow") == (route.protocol == "tcp"):
-                hint = "TCP is intercepted, everything else is allowed or dropped"
-                raise self.fail(
-                    "route.action", f"{route.action!r} does not fit {route.protocol!r}", hint
-                )
+            self._check_protocol(route)
             self._check_tls(route)
-        if bool(config.tls.ca) != bool(config.tls.ca_key):
-            raise self.fail("tls.ca", "ca and ca_key go together")
-        for name in ("ca", "ca_key"):
-            self._check_absolute(f"tls.{name}", getattr(config.tls, name))
+        self._check_pair("tls.ca", config.tls.ca, config.tls.ca_key)
         for account in config.account:
             if account.match == Match():
                 raise self.fail("account.match", f"account {account.name!r} has no selector")
 
+    def _check_name(self, key: str, name: str) -> None:
+        """Names stand in records, tables, kernel objects and the lab's paths."""
+        usable = name.isprintable() and name == name.strip() and "/" not in name
+        if not usable or not 0 < len(name.encode()) <= MOST_NAME_BYTES or name in {".", ".."}:
+            hint = (
+                f"1 to {MOST_NAME_BYTES} bytes of printable characters, no /, no space at the ends"
+            )
+            raise self.fail(key, f"{name[:MOST_NAME_BYTES]!r} is no name", hint)
+
+    def _check_protocol(self, route: Route) -> None:
+        if route.protocol not in _PROTOCOLS:
+            hint = '"tcp", "udp", "icmp" or the number of another'
+            raise self.fail("route.protocol", f"{route.protocol!r} is not known", hint)
+        if (route.action == "allow") == (route.protocol == "tcp"):
+            hint = "TCP is intercepted, everything else is allowed or dropped"
+            raise self.fail(
+                "route.action", f"{route.action!r} does not fit {route.protocol!r}", hint
+            )
+
     def _check_tls(self, route: Route) -> None:
         """Refuse a route whose `tls_...` keys do not fit together."""
-        for name in ("tls_ca", "tls_certificate", "tls_key"):
-            self._check_absolute(f"route.{name}", getattr(route, name))
+        self._check_pair("route.tls_certificate", route.tls_certificate, route.tls_key)
+        self._check_pair("route.tls_ca", route.tls_ca, route.tls_ca)
         if (route.tls_verify == "pinned") != bool(route.tls_ca):
             raise self.fail("route.tls_verify", '"pinned" and tls_ca go together')
-        if bool(route.tls_certificate) != bool(route.tls_key):
-            raise self.fail("route.tls_certificate", "tls_certificate and tls_key go together")
         plain = route.tls == "passthrough"
         if plain and (route.tls_certificate or route.tls_ca or route.tls_upstream == "plain"):
             raise self.fail("route.tls", '"passthrough" opens nothing', 'set tls = "intercept"')
 
-    def _check_absolute(self, key: str, path: str) -> None:
-        if path and not path.startswith("/"):
-            raise self.fail(key, "must be an absolute path")
+    def _check_pair(self, key: str, certificate: str, private: str) -> None:
+        if bool(certificate) != bool(private):
+            raise self.fail(key, "a certificate and its key go together")
+        for path in (certificate, private):
+            if path and not path.startswith("/"):
+                raise self.fail(key, f"{path!r} is no absolute path")
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(
+        r"[!#$%&'*+.^_`|~\w-]{1,64}", value, re.ASCII
+    ):
+        raise ValueError(f"{value!r} is no name of a header or parameter")
+    return value
 
 
 def _network(value: Any) -> Network:

@@ -108,7 +108,7 @@ class Operation:
     fingerprint: str = ""  #: of the statement with literals removed; "" when unknown
     binds: tuple[Any, ...] = ()  #: decoded parameter values; undecodable ones as {"hex": "..."}
     name: str = ""  #: prepared statement's name, when it has one
-    kind: str = "simple"  #: protocol's way: "simple", "extended", "function", "copy", "cancel", ...
+    kind: str = "simple"  #: protocol's way, see docs/protocols/: "simple", "cancel", ...
     verdict: str = "allowed"  #: "allowed" or "denied"
     truncated: bool = False
 

@@ -19,7 +19,7 @@ from capture import incarnation, recover
 from capture.chunk import START, Chunk
 from capture.committer import Committer
 from capture.errors import EvidenceError
-from capture.frames import FIRST_RECORD, HEADER_BYTES, SESSION_BITS, padded
+from capture.frames import FIRST_RECORD, HEADER, HEADER_BYTES, SESSION_BITS
 from capture.held import Held, ReadBack
 from capture.incarnation import Incarnation
 from capture.records import KINDS, Gap, Record, Start, Stop, encode
@@ -38,6 +38,7 @@ VERSION = "0.1.0"
 LEAST_ROOM = 4096
 MOST_FRAME_BYTES = 256 << 10
 CHUNK_WAIT_S = 5.0
+_PADS = [bytes(-length & 7) for length in range(8)]
 
 
 class SegmentWriter:
@@ -218,17 +219,39 @@ class SegmentWriter:
                 piece = view[start : start + self._most]
                 position = self.append(kind, session, piece, time_ns, offset + start)
             return position
+        header = HEADER.pack(0, session, time_ns, offset)
+        frame = b"".join((header, payload, _PADS[size & 7]))
+        return self._put(frame, self._tag | kind << 24 | size, size)
+
+    def _put(self, frame: bytes, word: int, size: int) -> int:
+        """Publish a whole frame, whose length word is zero in `frame` and stored last: until then
+        there is none.
+        """
         chunk = self._chunk
-        needed = padded(size) + HEADER_BYTES
-        if chunk.fill + needed > self._settings.chunk_bytes:
-            if START + needed > self._settings.chunk_bytes:
-                raise EvidenceError(f"a record of {size} bytes does not fit a chunk")
-            if not self._committer.free:
-                self._wait_for_chunk()
-            chunk = self._rotate()
-        start = chunk.fill + HEADER_BYTES
-        chunk.view[start : start + size] = payload
-        return self.publish(kind, session, offset, size, time_ns)
+        fill = chunk.fill
+        end = fill + len(frame)
+        if end + HEADER_BYTES > self._settings.chunk_bytes:
+            chunk = self._room_for(len(frame), size)
+            fill = chunk.fill
+            end = fill + len(frame)
+        words = chunk.words
+        words[end >> 3] = 0
+        chunk.view[fill:end] = frame
+        words[fill >> 3] = word
+        if end >= chunk.limit:
+            chunk.mark(end)
+        chunk.fill = end
+        if self._committer.asleep:
+            self._committer.kick()
+        return chunk.base + end - START
+
+    def _room_for(self, length: int, size: int) -> Chunk:
+        """Return an empty chunk for a frame of `length` bytes, whose payload has `size`."""
+        if START + length + HEADER_BYTES > self._settings.chunk_bytes:
+            raise EvidenceError(f"a record of {size} bytes does not fit a chunk")
+        if not self._committer.free:
+            self._wait_for_chunk()
+        return self._rotate()
 
     def record(self, session: int, record: Record, time_ns: int) -> int:
         """Publish a record; return the position after it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from typing import TYPE_CHECKING
 
 from capture.errors import EvidenceError
@@ -15,6 +16,8 @@ from capture.errors import EvidenceError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+_COUNT = re.compile("[0-9a-f]{8}")
 
 
 class Store:
@@ -46,13 +49,16 @@ class Store:
         return self.segments / f"{incarnation:08x}.{generation:08x}.pre"
 
     def generations(self) -> list[int]:
-        """Return the generations of the segments on disk, oldest first."""
+        """Return the generations of the segments on disk, oldest first. What is no file is none."""
         found = []
-        for name in os.listdir(self.segments) if self.segments.exists() else []:
-            stem, dot, suffix = name.partition(".")
-            if dot and suffix == "seg" and len(stem) == 8:
-                with contextlib.suppress(ValueError):
-                    found.append(int(stem, 16))
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.segments) as entries:
+            for entry in entries:
+                stem, dot, suffix = entry.name.partition(".")
+                if dot and suffix == "seg" and len(stem) == 8:
+                    with contextlib.suppress(ValueError):
+                        generation = int(stem, 16)
+                        if entry.is_file(follow_symlinks=False):
+                            found.append(generation)
         return sorted(found)
 
     def next_generation(self) -> int:
@@ -60,8 +66,8 @@ class Store:
         after a crash or when the counter was lost.
         """
         with self._locked(self.evidence / "generation") as fd:
-            text = os.pread(fd, 32, 0).decode("ascii").strip()
-            last = int(text, 16) if text else 0
+            text = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            last = int(text, 16) if _COUNT.fullmatch(text) else 0
             generation = max([last, *self.generations()]) + 1
             if generation >> 24:
                 raise EvidenceError("the generation counter is used up")

@@ -61,7 +61,7 @@ class Census:
         self._programs, self._cgroups, self._hasher = programs, cgroups, hasher
         self._host, self._base, self._publish = host, base, publish
         self._within = within.rstrip("/") + "/"
-        self._files = Executables(opens, self._runs)
+        self.files = Executables(opens, self._runs)
         self._pending: dict[int, _Pending] = {}
         self._due: collections.deque[tuple[int, int]] = collections.deque()
         self.owners = Owners()
@@ -78,7 +78,7 @@ class Census:
         if owner.exe_sha256:
             self._finish(owner)
         else:
-            self._admit(owner, self._files.find(record))
+            self._admit(owner, self.files.find(record))
 
     def owner(self, handle: int) -> Owner | None:
         """Return what is published of a handle, or can be had at once; None while it is being
@@ -103,7 +103,7 @@ class Census:
         facts = procfs.facts(pid)
         if facts is not None and self._runs(pid, handle):
             identifier = self._cgroups.identifier(facts.cgroup)
-            self._admit(self._of_facts(handle, facts, identifier), self._files.running(pid))
+            self._admit(self._of_facts(handle, facts, identifier), self.files.running(pid))
 
     @property
     def due_ns(self) -> int:
@@ -201,7 +201,7 @@ class Census:
             return False
         owner = self._of_facts(handle, facts, identifier)
         if (owner.place.path + "/").startswith(self._within):
-            self._admit(owner, self._files.running(pid))
+            self._admit(owner, self.files.running(pid))
         else:
             self.owners.put(owner)  # it may move in, or fork somebody who does
         return True
@@ -216,7 +216,7 @@ class Census:
         digest = self._hasher.known(found.key)
         if digest is not None:
             os.close(found.fd)
-            sha = digest if self._files.unchanged(found.key, owner) else ""
+            sha = digest if self.files.unchanged(found.key, owner) else ""
             self._finish(replace(owner, exe=found.path, how=found.how, exe_sha256=sha))
             return
         owner = replace(owner, exe=found.path, how=found.how)
@@ -229,7 +229,7 @@ class Census:
     def _digested(self, handle: int, digest: str) -> None:
         pending = self._pending.pop(handle)
         owner = pending.owner
-        if digest and self._files.unchanged(pending.key, owner):
+        if digest and self.files.unchanged(pending.key, owner):
             owner = replace(owner, exe_sha256=digest)
         if not pending.published or owner.exe_sha256:
             self._finish(owner)

@@ -53,6 +53,7 @@ def checks(blob: Path | None = None) -> list[Check]:
     """
     return [
         _privileges(),
+        _process_ids(),
         _kernel(platform.release()),
         _lockdown(_LOCKDOWN),
         _types(),
@@ -84,6 +85,16 @@ def _privileges() -> Check:
     return _check(
         "privileges", f"missing: {', '.join(missing)}" if missing else "", "all capabilities",
         "BPF programs are loaded, and other users' processes and cgroups are read", "run as root",
+    )  # fmt: skip
+
+
+def _process_ids() -> Check:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    numbers = status.partition("NSpid:")[2].partition("\n")[0].split()
+    return _check(
+        "process ids", "this is a PID namespace" if len(numbers) > 1 else "", "those of the host",
+        "the kernel's records name processes by the host's ids",
+        "run on the host, or with its PID namespace (docker run --pid=host)",
     )  # fmt: skip
 
 

@@ -48,6 +48,11 @@ class Executables:
     def __init__(self, opens: ExecOpens | None, runs: Callable[[int, int], bool]) -> None:
         self._opens, self._runs = opens, runs
         self._paths: dict[tuple[int, int], str] = {}
+        self._devices: dict[int, tuple[int, int]] = {}  # by mount id
+
+    def forget_mounts(self) -> None:
+        """Something was mounted or unmounted: mount ids may mean others now."""
+        self._devices = {}
 
     def find(self, record: Record) -> Found | None:
         """Return the file that a record means; None when it cannot be had any more."""
@@ -70,15 +75,14 @@ class Executables:
     def _opened(self, record: Record) -> Found | None:
         if self._opens is None:
             return None
-        device, inode = record.device, record.inode
-        found = self._opens.take(record.tgid, lambda fd: checked(fd, device, inode))
+        found = self._opens.take(record.tgid, lambda fd: self._checked(fd, record))
         return found and Found(_path(found.fd), "fanotify", found.fd, found.key)
 
     def _running(self, record: Record) -> Found | None:
         fd = procfs.open_executable(record.tgid)
         if fd is None:
             return None
-        key = checked(fd, record.device, record.inode)
+        key = self._checked(fd, record)
         if key is not None:
             return Found(_path(fd), "proc", fd, key)
         os.close(fd)
@@ -90,45 +94,52 @@ class Executables:
             if not path.startswith("/"):
                 continue
             with contextlib.suppress(OSError):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-                key = checked(fd, record.device, record.inode)
-                if key is not None and key.ctime_ns < wall_ns(record.ts) - GRAIN_NS:
-                    return Found(_path(fd), "path", fd, key)
-                os.close(fd)
+                place = os.open(path, os.O_PATH | os.O_CLOEXEC)  # touches nothing, whatever it is
+                try:
+                    if not self._is_executed(place, record):
+                        continue
+                    fd = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+                    return Found(_path(fd), "path", fd, FileKey.of(fd))
+                finally:
+                    os.close(place)
         return None
+
+    def _is_executed(self, fd: int, record: Record) -> bool:
+        key = self._checked(fd, record)
+        return key is not None and key.ctime_ns < wall_ns(record.ts) - GRAIN_NS
+
+    def _checked(self, fd: int, record: Record) -> FileKey | None:
+        """Return the key of an open file if it is the one that a record names.
+
+        stat tells other numbers on file systems that are made of several (btrfs subvolumes,
+        overlays of several file systems; the device's major number is 0 there). Then the kernel's
+        own stand in fdinfo and mountinfo.
+        """
+        s = os.fstat(fd)
+        major = os.major(s.st_dev)
+        wanted = (record.device, record.inode)
+        if (_kernel_device(major, os.minor(s.st_dev)), s.st_ino) == wanted:
+            return FileKey.said(s)
+        if record.inode and not major and self._told_by_kernel(fd) == wanted:
+            return FileKey.said(s)
+        return None
+
+    def _told_by_kernel(self, fd: int) -> tuple[int, int]:
+        """Return device and inode as the kernel has them; zeros when it does not say."""
+        try:
+            with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+                info = dict(line.split(":\t", 1) for line in file if ":\t" in line)
+            inode, number = int(info["ino"]), int(info["mnt_id"])
+        except (OSError, ValueError, KeyError):
+            return 0, 0
+        if number not in self._devices:
+            self._devices = {mount.number: mount.device for mount in procfs.mounts()}
+        return _kernel_device(*self._devices.get(number, (0, 0))), inode
 
 
 def wall_ns(monotonic_ns: int) -> int:
     """Return the UTC time of a moment on the kernel's monotonic clock."""
     return monotonic_ns + time.time_ns() - time.monotonic_ns()
-
-
-def checked(fd: int, device: int, inode: int) -> FileKey | None:
-    """Return the key of an open file if it is the one that the kernel calls (`device`, `inode`).
-
-    stat tells other numbers on file systems that are made of several (btrfs subvolumes, overlays of
-    several file systems; the device's major number is 0 there). Then the kernel's own stand in
-    fdinfo and mountinfo.
-    """
-    s = os.fstat(fd)
-    major = os.major(s.st_dev)
-    if s.st_ino == inode and _kernel_device(major, os.minor(s.st_dev)) == device:
-        return FileKey.said(s)
-    if inode and not major and _told_by_kernel(fd) == (device, inode):
-        return FileKey.said(s)
-    return None
-
-
-def _told_by_kernel(fd: int) -> tuple[int, int]:
-    """Return device and inode as the kernel has them; zeros when it does not say."""
-    try:
-        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
-            info = dict(line.split(":\t", 1) for line in file if ":\t" in line)
-        inode, number = int(info["ino"]), int(info["mnt_id"])
-    except (OSError, ValueError, KeyError):
-        return 0, 0
-    devices = [mount.device for mount in procfs.mounts() if mount.number == number]
-    return (_kernel_device(*devices[0]), inode) if devices else (0, 0)
 
 
 def _kernel_device(major: int, minor: int) -> int:

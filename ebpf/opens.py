@@ -94,6 +94,8 @@ class ExecOpens:
                 self._give_up_oldest()
                 continue
             self._take(data)
+            if len(data) + _EVENT.size <= _READ_BYTES:
+                return  # there was room for more
 
     def take(self, pid: int, checked: Callable[[int], FileKey | None]) -> Opened | None:
         """Return the first file that a process opened to execute and that `checked` knows.

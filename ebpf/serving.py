@@ -15,6 +15,7 @@ import os
 import select
 import socket
 import struct
+import time
 from typing import TYPE_CHECKING
 
 from ebpf import events
@@ -148,6 +149,7 @@ class Server:
         try:
             sock, _ = self._listener.accept()
         except OSError:
+            time.sleep(0.001)  # out of descriptors: do not spin until some come back
             return
         sock.settimeout(0)
         pid, uid, _ = _PEER.unpack(

@@ -13,7 +13,7 @@ complete the handshake with the client's address and the same sequence number.
 Two connections with one MAC have one 4-tuple, so the kernel hands both to the same worker unless
 the number of workers changed between them. Only then two workers can ask for the same MAC at once;
 a byte-range lock on the bucket decides who was first. The lock dies with its holder, and a holder
-that is merely stopped is waited for 5 ms.
+that is merely stopped is waited for 0.1 s.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _START = 128
 _BUCKET = 128
 _WORDS = _BUCKET // 8
 WAYS = _WORDS - 1
-_LONGEST_WAIT_S = 0.005
+_LONGEST_WAIT_S = 0.1
 
 
 class ReplayCache:

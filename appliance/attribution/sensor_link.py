@@ -172,6 +172,8 @@ class SensorLink:
         if self.connected:
             self.connected = False
             self._away_since = time.monotonic()
+            # Nobody tells what connects from now on, and an older event would stand for it.
+            self._table.forget_connects()
 
     def _drop(self, why: str) -> None:
         log.warning("the sensor is gone: %s", why)

@@ -45,6 +45,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "what", nargs="?", default="all", metavar="SEGMENT|SESSION|all", help="default: all"
     )
     checked.add_argument("--ledger-key", metavar="FILE|KEY", help="the log's key that you trust")
+    checked.add_argument(
+        "--checkpoint", metavar="FILE", action="append", default=[],
+        help="a checkpoint of the log that you kept; may be given several times",
+    )  # fmt: skip
     checked.add_argument("--json", action="store_true", help="print JSON")
     anew = verbs.add_parser("reindex", help="make the search index anew from the segments")
     log = verbs.add_parser(
@@ -72,7 +76,8 @@ def _verify(opened: Evidence, words: argparse.Namespace) -> int:
             [session] = opened.named(index, "verify", [what])
         what = session.name
     opened.record("verify")
-    report = verify(opened.store.state, what, _ledger_key(words.ledger_key))
+    key, kept = _ledger_key(words.ledger_key), [_readable(name) for name in words.checkpoint]
+    report = verify(opened.store.state, what, key, kept=kept)
     print(plainjson.dumps(report.json()) if words.json else report.text())
     return report.exit_code
 
@@ -81,10 +86,17 @@ def _ledger_key(given: str | None) -> str | None:
     """Return the verifier key that a file or the word itself holds."""
     if given is None or "+" in given:
         return given
+    return _readable(given).read_text(encoding="utf-8").strip()
+
+
+def _readable(name: str) -> Path:
+    """Return the path of a file of plain text; Refusal when it cannot be read."""
+    path = Path(name)
     try:
-        return Path(given).read_text(encoding="ascii").strip()
+        path.read_text(encoding="utf-8")
     except (OSError, ValueError) as wrong:
-        raise Refusal(f"{given} cannot be read: {wrong}", code=USAGE) from wrong
+        raise Refusal(f"{printable(name)} cannot be read: {wrong}", code=USAGE) from wrong
+    return path
 
 
 def _reindex(opened: Evidence, words: argparse.Namespace) -> int:

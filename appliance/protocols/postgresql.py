@@ -53,7 +53,7 @@ _NOTHING: list[Effect] = []
 class PostgreSQL:
     """One session."""
 
-    __slots__ = ("_analyser", "_backend", "_frontend", "_over", "_pipeline", "_startup")
+    __slots__ = ("_analyser", "_backend", "_frontend", "_pipeline", "_startup")
 
     _frontend: Frontend
     _backend: Backend
@@ -61,7 +61,6 @@ class PostgreSQL:
 
     def __init__(self, facts: Facts, analyser: Analyser) -> None:
         self._analyser = analyser
-        self._over = False  #: the server sends no more
         self._startup: Startup | None = Startup(facts)
 
     def handle(self, event: Event) -> list[Effect]:
@@ -92,14 +91,13 @@ class PostgreSQL:
 
     def _ending(self, event: Eof) -> None:
         """A client that only half-closes still gets its answers; nobody else does."""
-        if event.side is UPSTREAM:
-            self._over = True
-        elif event.reset or self._over:
-            self._frontend.withhold("reset" if event.reset else "upstream-ended")
-        else:
+        gone = event.reset or self._pipeline.fate == "cut"
+        if event.side is CLIENT and not gone:
             self._frontend.finish()
-        if event.reset or self._over:
-            self._backend.finish()
+            return
+        if event.side is CLIENT:
+            self._frontend.withhold("reset" if event.reset else "upstream-ended")
+        self._backend.finish()
 
     def _starting(self, startup: Startup, event: Event, out: list[Effect]) -> None:
         if isinstance(event, Data):

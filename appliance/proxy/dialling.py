@@ -7,7 +7,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from appliance.proxy.loop import WRITE
 from appliance.proxy.upstream import given_up
 
 if TYPE_CHECKING:
@@ -30,8 +29,8 @@ class Dialling:
     def add(self, session: Session) -> None:
         """Wait for `session`'s upstream socket; `Session.dialled` gets what becomes of it."""
         down = session.down
-        self._loop.sockets.watch(down.fd, session.dialled, WRITE)
-        down.watched = WRITE
+        self._loop.sockets.watch(down.fd, session.dialled)
+        down.watched = True
         self._since[session] = time.monotonic()
         if not self._ticking:
             self._ticking = True

@@ -5,8 +5,11 @@ from the same memory, and keeps what a slow peer has not taken as claims on the 
 (`capture.held.Held`), not as copies. It stops reading while anything is unsent: that is the
 backpressure.
 
-The loop knows a socket by one handler and one mask: a direction is the handler of its source, and
-waits there for bytes to read and, on behalf of the direction back, for space to write.
+The loop tells of a socket once when something is new (edge-triggered), to one handler: a direction
+is the handler of its source, and hears there of bytes to read and, on behalf of the direction back,
+of space to write. Whatever is left in the kernel is noted in `pending`: a read that filled its
+area, bytes that are not wanted now, an end or an urgent mark behind the bytes. `watch` asks the
+loop to tell again. A read that did not fill its area took all there was; what comes later is new.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import socket
 from collections import deque
 from typing import TYPE_CHECKING
 
-from appliance.proxy.loop import DEAD, ENDED, READ, WRITE
+from appliance.proxy.loop import DEAD, PLAIN, WRITE
 from appliance.proxy.tls.stream import TlsStream
 from appliance.proxy.upstream import abort
 from capture.errors import EvidenceError
@@ -39,21 +42,21 @@ class Direction:
     """Bytes of `side`. `sink` is the socket that they are sent to; `received` counts what came."""
 
     __slots__ = (
-        "back", "ended", "fd", "kind", "own_kind", "own_sent", "own_waits", "reading", "received",
-        "relay", "session", "shut", "side", "sink", "source", "stream", "unsent", "unsent_bytes",
-        "watched", "writing",
+        "back", "ended", "fd", "kind", "own_kind", "own_sent", "own_waits", "pending", "reading",
+        "received", "relay", "session", "shut", "side", "sink", "source", "stream", "unsent",
+        "unsent_bytes", "watched", "writing",
     )  # fmt: skip
 
     back: Direction  #: the other direction of the session
 
     def __init__(
-        self, session: Session, side: Side, source: socket.socket, sink: socket.socket, kind: int,
-        own_kind: int,
+        self, session: Session, side: Side, source: socket.SocketType, sink: socket.SocketType,
+        kind: int, own_kind: int,
     ) -> None:  # fmt: skip
         self.session = session
         self.side = side
-        self.source: socket.socket | TlsStream = source
-        self.sink: socket.socket | TlsStream = sink
+        self.source: socket.SocketType | TlsStream = source
+        self.sink: socket.SocketType | TlsStream = sink
         self.stream: TlsStream | None = None  #: the source, when the gate opened its TLS
         self.fd = source.fileno()
         self.kind = kind  #: frame kind of received bytes
@@ -65,7 +68,8 @@ class Direction:
         self.shut = False  #: the sink was told so, or takes no more
         self.reading = False  #: bytes are wanted from the source
         self.writing = False  #: the sink is full
-        self.watched = -1  #: the mask that the loop has for the source; -1 for none
+        self.watched = False  #: the loop looks at the source
+        self.pending = False  #: there may be something to read that the loop has told of already
         #: (bytes, stream position that must be durable first), oldest first; None when all was sent
         self.unsent: deque[tuple[Unsent, int]] | None = None
         self.unsent_bytes = 0
@@ -74,52 +78,69 @@ class Direction:
     # -- the loop ----------------------------------------------------------------------------------
 
     def event(self, mask: int) -> None:
-        """The loop says what happened on the source."""
+        """The loop says what is new on the source."""
         try:
-            if mask & WRITE:
+            if self.back.writing and mask & WRITE:
                 self.back.flush()
             if self.reading:
                 if mask & ~WRITE:
+                    self.pending = mask & ~PLAIN != 0  # an end or an urgent mark is behind
                     self.session.readable(self)
-                    if self.stream is not None:
-                        self.again()
-            elif mask & ~WRITE and not self.session.closed:
-                self._unread(mask)
+                    if self.pending and self.reading:
+                        self.watch()
+            elif mask & ~WRITE:
+                self.pending = True
+                if mask & DEAD and not self.session.closed:
+                    failed = self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    self.session.broken(self, failed)
         except Exception:
             name = session_name(self.session.number)
             log.exception("session %s failed", name)
             self.session.close("error", "gate", reset=True)
 
-    def _unread(self, mask: int) -> None:
-        """Something happened that does not wait until the source is read again."""
-        if mask & DEAD:
-            failed = self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            self.session.broken(self, failed)
-        elif mask & ENDED and self.watched >= 0:
-            # Both directions of the socket are ended, in order; what it still has is read later.
-            # The loop would report it again and again.
-            self.session.worker.sockets.forget(self.fd)
-            self.watched = -1
+    def tls_event(self, mask: int) -> None:
+        """The loop says what is new on a source that is TLS, or was asked to call again."""
+        stream = self.stream
+        assert stream is not None
+        try:
+            if self.back.writing and mask & WRITE:
+                self.back.flush()
+            if mask & ~WRITE:
+                stream.told(behind=mask & ~PLAIN != 0)
+            if self.reading and stream.pending:
+                self.session.readable(self)
+                self.again()
+            elif mask & DEAD and not self.session.closed:
+                failed = self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                self.session.broken(self, failed)
+        except Exception:
+            name = session_name(self.session.number)
+            log.exception("session %s failed", name)
+            self.session.close("error", "gate", reset=True)
+
+    def take_tls(self, stream: TlsStream) -> None:
+        """Read and, in the direction back, write through `stream` from here on."""
+        self.source = self.stream = self.back.sink = stream
+        stream.told(behind=True)  # what the loop told of while the other leg was opened
+        if self.watched:
+            self.session.worker.sockets.rename(self.fd, self.tls_event)
 
     def again(self) -> None:
-        """Ask for another turn for what the source has decrypted, or could."""
+        """Ask for another turn for what a TLS source has decrypted, or could."""
         if self.reading and self.stream is not None and self.stream.pending:
-            self.session.worker.sockets.again(self.fd)
+            self.session.worker.sockets.soon(self.fd)
 
     def watch(self) -> None:
-        """Tell the loop what is wanted of the source now."""
-        if self.stream is not None:
+        """Have the loop look at the source, and look again at what was there before."""
+        sockets = self.session.worker.sockets
+        if self.stream is not None and self.watched:
             self.again()
-        mask = READ if self.reading else 0
-        if self.back.writing:
-            mask |= WRITE
-        if mask != self.watched:
-            sockets = self.session.worker.sockets
-            if self.watched < 0:
-                sockets.watch(self.fd, self.event, mask)
-            else:
-                sockets.change(self.fd, mask)
-            self.watched = mask
+        elif not self.watched:
+            self.watched = True
+            sockets.watch(self.fd, self.event if self.stream is None else self.tls_event)
+        elif self.pending:
+            self.pending = False
+            sockets.again(self.fd)
 
     # -- receiving ---------------------------------------------------------------------------------
 
@@ -132,6 +153,7 @@ class Direction:
         writer = worker.writer
         area = writer.reserve(want)
         if area is None:
+            self.pending = True
             worker.stall(session)
             return
         try:
@@ -144,13 +166,15 @@ class Direction:
         if not length:
             session.source_ended(self)
             return
+        if length == len(area):
+            self.pending = True
         position = writer.publish(self.kind, session.number, self.received, length, worker.now())
         self.received += length
-        if relay > 0:
-            self.relay = max(0, relay - length)
         self.send(area[:length], position - (-length & 7), position)
-        if not self.relay and not session.closed:
-            session.interest()
+        if relay > 0:
+            self.relay = relay - length
+            if not self.relay:
+                session.interest()
 
     def receive_for_layer(self) -> None:
         """Receive into the evidence, then let the layer say what happens; a passive side is sent
@@ -160,6 +184,7 @@ class Direction:
         worker = session.worker
         area = worker.writer.reserve(PRIVATE_BYTES)
         if area is None:
+            self.pending = True
             worker.stall(session)
             return
         length = self._receive(area)
@@ -192,6 +217,7 @@ class Direction:
         """
         session = self.session
         if not session.worker.writer.room:
+            self.pending = True
             session.worker.stall(session)
             return b""
         try:
@@ -203,6 +229,8 @@ class Direction:
             return b""
         if not data:
             session.source_ended(self)
+        elif len(data) == PRIVATE_BYTES:
+            self.pending = True
         return data
 
     def _receive(self, area: memoryview) -> int:
@@ -215,6 +243,8 @@ class Direction:
             return -1
         if not length:
             self.session.source_ended(self)
+        elif length == len(area):
+            self.pending = True
         return length
 
     # -- sending -----------------------------------------------------------------------------------
@@ -258,8 +288,8 @@ class Direction:
         self.session.interest()
 
     def _want_write(self) -> None:
-        if not self.writing:
-            self.writing = True
+        self.writing = True
+        if not self.back.watched:
             self.back.watch()
 
     def flush(self) -> None:
@@ -291,9 +321,7 @@ class Direction:
             if sent < len(view):
                 self._want_write()
                 return
-        if self.writing:
-            self.writing = False
-            self.back.watch()
+        self.writing = False
         if not self.unsent:
             self.unsent = None
             self.own_waits = False
@@ -342,21 +370,18 @@ class Direction:
                 kept.release()
         self.unsent = None
         self.unsent_bytes = 0
-        self.own_waits = False
+        self.own_waits = self.writing = False
         if self.back.stream is not None:
             self.back.stream.forget()
-        if self.writing:
-            self.writing = False
-            if not self.session.closed:
-                self.back.watch()
 
     def close(self, *, reset: bool) -> None:
         """Forget claims and close the source."""
         self.reading = False
-        self.drop()
-        if self.watched >= 0:
+        if self.unsent is not None:
+            self.drop()
+        if self.watched:
+            self.watched = False
             self.session.worker.sockets.drop(self.fd)
-            self.watched = -1
         if reset:
             abort(self.source.raw if isinstance(self.source, TlsStream) else self.source)
         else:

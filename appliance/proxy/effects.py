@@ -164,7 +164,7 @@ def _elapsed(session: Session, timer: str) -> None:
 
 def tell_end(session: Session, direction: Direction, *, reset: bool) -> None:
     """Tell the layer that a side will send no more."""
-    if session.prefix is not None or session.closed:
+    if session.prefix is not None or session.closed or session.layer is session.worker.opaque:
         return
     try:
         effects = session.layer.handle(Eof(direction.side, reset=reset))

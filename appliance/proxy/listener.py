@@ -24,13 +24,14 @@ BACKLOG = 4096
 BATCH = 64
 TCP_SAVE_SYN = 27
 TCP_SAVED_SYN = 28
+_PLAIN_V4 = 0x45  #: an IPv4 header without options
 RETRY_S = 0.1
 _OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
-def open_listener(family: socket.AddressFamily, port: int) -> socket.socket:
+def open_listener(family: socket.AddressFamily, port: int) -> socket.SocketType:
     """Return a listening transparent socket on every address."""
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = socket.SocketType(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -50,7 +51,7 @@ def open_listener(family: socket.AddressFamily, port: int) -> socket.socket:
     return sock
 
 
-def saved_syn(sock: socket.socket) -> bytes:
+def saved_syn(sock: socket.SocketType) -> bytes:
     """Return the IP and TCP headers of the client's SYN; empty when SYN cookies answered it.
     Readable once.
     """
@@ -58,6 +59,16 @@ def saved_syn(sock: socket.socket) -> bytes:
         return sock.getsockopt(socket.IPPROTO_TCP, TCP_SAVED_SYN, 256)
     except OSError:
         return b""
+
+
+def target_of(sock: socket.SocketType, syn: bytes) -> tuple[str, int]:
+    """Return the original destination of a connection: where its SYN went, or the socket's own
+    address when there is no SYN.
+    """
+    if len(syn) >= 40 and syn[0] == _PLAIN_V4:
+        return socket.inet_ntoa(syn[16:20]), syn[22] << 8 | syn[23]
+    name = sock.getsockname()
+    return name[0], name[1]
 
 
 class Listener:
@@ -69,14 +80,14 @@ class Listener:
     """
 
     def __init__(
-        self, loop: AbstractEventLoop, sock: socket.socket,
-        accepted: Callable[[socket.socket, tuple[Any, ...]], None],
+        self, loop: AbstractEventLoop, sock: socket.SocketType,
+        accepted: Callable[[socket.SocketType, tuple[Any, ...]], None],
         blocked: Callable[[int, int], None],
     ) -> None:  # fmt: skip
         """`blocked(since_ns, until_ns)` is told when accepting had to stop for want of descriptors,
         with until = 0, and when the backlog was taken again.
         """
-        self._loop, self._sock = loop, sock
+        self._loop, self._sock, self._family = loop, sock, sock.family
         self._accepted, self._blocked = accepted, blocked
         self._since = 0  #: time since when descriptors are short
         self._paused = self._resting = False
@@ -130,13 +141,15 @@ class Listener:
         self._reading = wanted
 
     def _ready(self) -> None:
-        accept, accepted = self._sock.accept, self._accepted
+        # socket.accept() would make an object of the slower class.
+        accept, accepted = self._sock._accept, self._accepted  # type: ignore[attr-defined]  # noqa: SLF001 - see above
+        family = self._family
         for _ in range(BATCH):
             if self._kept < 0 and not self._keep():
                 self._out_of_files()
                 return
             try:
-                sock, client = accept()
+                fd, client = accept()
             except BlockingIOError:
                 self._all_taken()
                 return
@@ -145,7 +158,7 @@ class Listener:
                     self._out_of_files()
                     return
                 continue  # the client gave up between SYN and accept
-            accepted(sock, client)
+            accepted(socket.SocketType(family, socket.SOCK_STREAM, 0, fd), client)
             if not self._reading:
                 return
 

@@ -23,9 +23,14 @@ if TYPE_CHECKING:
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
-#: The socket is dead (reset, timed out), or both of its directions are ended. Always reported.
+#: The socket is dead: reset, or timed out.
 DEAD = select.EPOLLERR
+#: Both of its directions are ended.
 ENDED = select.EPOLLHUP
+#: Nothing but bytes and space: no end, no urgent mark.
+PLAIN = READ | WRITE
+_END, _MARK, _EDGE = select.EPOLLRDHUP, select.EPOLLPRI, select.EPOLLET
+EVERYTHING = READ | WRITE | _END | _MARK | _EDGE
 
 MOST_EVENTS = 256
 
@@ -47,46 +52,42 @@ class Sockets(selectors.BaseSelector):
         self._control = selectors.EpollSelector()
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
-        self._again: dict[int, None] = {}
+        self._soon: dict[int, None] = {}
         self._epoll.register(self._control.fileno(), READ)
 
-    def watch(self, fd: int, handler: Callable[[int], None], mask: int) -> None:
-        """Call `handler(events)` whenever one of `mask`, DEAD or ENDED is so; level-triggered."""
+    def watch(self, fd: int, handler: Callable[[int], None]) -> None:
+        """Call `handler(events)` whenever something is new: bytes, space, an end, a mark, or the
+        socket's death. What is there already counts as new.
+        """
         self._handlers[fd] = handler
-        self._epoll.register(fd, mask)
+        self._epoll.register(fd, EVERYTHING)
 
-    def change(self, fd: int, mask: int) -> None:
-        """Wait for other events of a watched descriptor."""
-        self._epoll.modify(fd, mask)
+    def again(self, fd: int) -> None:
+        """Tell once more of what is there now."""
+        self._epoll.modify(fd, EVERYTHING)
+
+    def soon(self, fd: int) -> None:
+        """Call the handler without an event in the next turn: what it is to read was taken from the
+        socket already (TLS).
+        """
+        self._soon[fd] = None
 
     def rename(self, fd: int, handler: Callable[[int], None]) -> None:
         """Give a watched descriptor another handler."""
         self._handlers[fd] = handler
 
-    def again(self, fd: int) -> None:
-        """Call the handler with READ in the next turn, whether or not the socket is readable: what
-        it is to read was taken from the socket already (TLS).
-        """
-        self._again[fd] = None
-
-    def forget(self, fd: int) -> None:
-        """Watch a descriptor no more; it stays open."""
-        self._again.pop(fd, None)
-        del self._handlers[fd]
-        self._epoll.unregister(fd)
-
     def drop(self, fd: int) -> None:
         """Watch a descriptor no more that is closed now: closing takes it out of the epoll."""
-        self._again.pop(fd, None)
+        self._soon.pop(fd, None)
         del self._handlers[fd]
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Call the handlers of what happened; return what asyncio has to do."""
         wait = -1.0 if timeout is None else max(timeout, 0.0)
         handlers = self._handlers
-        if self._again:
+        if self._soon:
             wait = 0.0
-            self._call_again()
+            self._call_soon()
         mine = 0
         for fd, mask in self._epoll.poll(wait, MOST_EVENTS):
             handler = handlers.get(fd)
@@ -96,12 +97,12 @@ class Sockets(selectors.BaseSelector):
                 mine = 1
         return self._control.select(0) if mine else []
 
-    def _call_again(self) -> None:
-        again, self._again = self._again, {}
-        for fd in again:
+    def _call_soon(self) -> None:
+        soon, self._soon = self._soon, {}
+        for fd in soon:
             handler = self._handlers.get(fd)
             if handler is not None:
-                handler(READ)
+                handler(0)
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         """For asyncio."""

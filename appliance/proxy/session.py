@@ -24,8 +24,9 @@ from appliance.protocols import discover
 from appliance.proxy import effects
 from appliance.proxy.detect import detect
 from appliance.proxy.direction import Direction
-from appliance.proxy.loop import DEAD, ENDED
+from appliance.proxy.loop import DEAD, ENDED, WRITE
 from appliance.proxy.tls.handshake import TIMER, Handshake, broken_later
+from appliance.proxy.tls.stream import TlsStream
 from appliance.proxy.upstream import why
 from appliance.sansio import CLIENT, FOREVER, UPSTREAM, Facts, Layer, Side
 from appliance.wire.clienthello import may_begin
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from appliance.config import Route
     from appliance.proxy.loop import Timer
     from appliance.proxy.outage import Outage
-    from appliance.proxy.tls.stream import TlsStream
     from appliance.proxy.worker import Worker
     from capture.records import Alarm, Attributed, Record
 
@@ -67,7 +67,7 @@ class Session:
 
     def __init__(
         self, worker: Worker, number: int, route: Route, client: tuple[str, int],
-        target: tuple[str, int], near: socket.socket, far: socket.socket, started: int,
+        target: tuple[str, int], near: socket.SocketType, far: socket.SocketType, started: int,
     ) -> None:  # fmt: skip
         self.worker = worker
         self.number = number
@@ -121,14 +121,14 @@ class Session:
         self.worker.dialling.remove(self)
         self.worker.sockets.rename(down.fd, down.event)
         self.connected = True
+        down.pending = mask != WRITE  # the server has spoken already
         self.interest()
-        down.watch()
 
     def interest(self) -> None:
         """Read exactly those sides that may be read now."""
-        if self.closed:
+        if not (self.attributed and self.connected) or self.closed:
             return
-        running = self.attributed and self.connected and not self.stalled
+        running = not self.stalled
         if self.handshake is not None:
             reading: frozenset[Side] | None = frozenset({self.handshake.side})
         elif self.prefix is None:
@@ -146,7 +146,8 @@ class Session:
             )
             if wanted is not direction.reading:
                 direction.reading = wanted
-                direction.watch()
+                if wanted and (direction.pending or not direction.watched):
+                    direction.watch()
 
     def readable(self, direction: Direction) -> None:
         """The loop says that `direction` has bytes."""
@@ -174,7 +175,6 @@ class Session:
             self.handshake.moved(direction.back)
             return
         direction.writing = False
-        direction.back.watch()
         if direction.ended:
             direction.finish()
             self._close_if_done()
@@ -202,6 +202,7 @@ class Session:
 
     def _detecting(self, direction: Direction) -> None:
         if direction.side is UPSTREAM:
+            direction.pending = True
             if direction.stream is None or direction.stream.peek():
                 self._choose("opaque", "server-first")
             return
@@ -287,10 +288,10 @@ class Session:
         self.interest()
 
     @property
-    def client_socket(self) -> socket.socket:
+    def client_socket(self) -> socket.SocketType:
         """Return the client's socket itself."""
         source = self.up.source
-        return source if isinstance(source, socket.socket) else source.raw
+        return source.raw if isinstance(source, TlsStream) else source
 
     # -- TLS ---------------------------------------------------------------------------------------
 
@@ -320,13 +321,13 @@ class Session:
     def in_tls(self, near: TlsStream, far: TlsStream | None) -> None:
         """Both legs are up: from here on sockets give and take plaintext."""
         self._handshake_over()
-        self.up.source = self.up.stream = self.down.sink = near
+        self.up.take_tls(near)
         if far is not None:
-            self.down.source = self.down.stream = self.up.sink = far
+            self.down.take_tls(far)
             near.other, far.other = far, near
         self.interest()
-        self.up.watch()  # plaintext may have come with the end of the handshake
-        self.down.watch()
+        self.up.again()  # plaintext may have come with the end of the handshake
+        self.down.again()
 
     def _handshake_over(self) -> None:
         self.handshake = None
@@ -435,9 +436,10 @@ class Session:
             self.handshake.told_of_end(reason, by)
             self.handshake = None
         self.ending = (reason, by)
-        for timer in (self.timers or {}).values():
-            timer.cancel()
-        self.timers = None
+        if self.timers is not None:
+            for timer in self.timers.values():
+                timer.cancel()
+            self.timers = None
         self.up.close(reset=reset)
         self.down.close(reset=reset)
         if not self.connected:

@@ -3,6 +3,9 @@
 `appliance.proxy.worker` dials at accept, so that servers that speak first are heard. With `source =
 "client"` the connection carries the client's own address (IP_TRANSPARENT), with a port of the
 kernel's choice.
+
+Sockets of the byte path are `socket.SocketType`: all of `socket.socket` but what costs time and is
+not needed (files made of sockets, enumerations).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ IP_BIND_ADDRESS_NO_PORT = 24
 _RESET = b"\1\0\0\0\0\0\0\0"  # struct linger: on, no time
 
 
-def prepare(sock: socket.socket) -> None:
+def prepare(sock: socket.SocketType) -> None:
     """Set what both legs of a session need: no delay, urgent data in line, and probes that find a
     peer that is gone for good. An accepted socket has it from its listener.
     """
@@ -26,13 +29,13 @@ def prepare(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
-def dial(target: tuple[str, int], source: str | None) -> socket.socket:
+def dial(target: tuple[str, int], source: str | None) -> socket.SocketType:
     """Return a socket that is connecting to `target`, from address `source` when given. OSError at
     once when it cannot.
     """
     six = ":" in target[0]
     family = socket.AF_INET6 if six else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock = socket.SocketType(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         prepare(sock)
         if source is not None:
@@ -63,7 +66,7 @@ def why(failed: int) -> str:
     return "unreachable"
 
 
-def given_up(sock: socket.socket) -> bool:
+def given_up(sock: socket.SocketType) -> bool:
     """Say whether the peer of an idle connection has reset it, and left nothing to read."""
     try:
         sock.recv(1, socket.MSG_PEEK)
@@ -74,7 +77,7 @@ def given_up(sock: socket.socket) -> bool:
     return False  # there are bytes, or an orderly end
 
 
-def abort(sock: socket.socket) -> None:
+def abort(sock: socket.SocketType) -> None:
     """Close with a reset instead of a FIN."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)

@@ -19,7 +19,7 @@ from appliance.protocols.opaque import Opaque
 from appliance.proxy import outage
 from appliance.proxy.dialling import Dialling
 from appliance.proxy.heartbeat import kernel_counts
-from appliance.proxy.listener import Listener, open_listener, saved_syn
+from appliance.proxy.listener import Listener, open_listener, saved_syn, target_of
 from appliance.proxy.refusal import Destinations
 from appliance.proxy.session import LINGER_S, Session
 from appliance.proxy.tls import Terminator
@@ -246,12 +246,12 @@ class Worker:
 
     # -- connections -------------------------------------------------------------------------------
 
-    def _accept(self, near: socket.socket, peer: tuple[Any, ...]) -> None:
+    def _accept(self, near: socket.SocketType, peer: tuple[Any, ...]) -> None:
         now = self.now()
         self.accepted += 1
-        name = near.getsockname()
+        syn = saved_syn(near)
         client: tuple[str, int] = peer[:2]
-        target: tuple[str, int] = name[:2]
+        target = target_of(near, syn)
         route, reason = self._destinations.look_up(*target)
         failed = self.writer.failed is not None
         if route is None or (failed and route.on_evidence_failure == "closed"):
@@ -269,15 +269,15 @@ class Worker:
         self.sessions[number] = session
         if failed:
             outage.begin(session, now)
-        answer = self.attributor.begin(client, target, saved_syn(near), session.attribute)
+        answer = self.attributor.begin(client, target, syn, session.attribute)
         if answer is not None:
             session.attribute(*answer)
         if len(self.sessions) >= self._most:
             self._full()
 
     def _dial(
-        self, near: socket.socket, client: tuple[str, int], target: tuple[str, int], route: Route,
-        number: int, now: int,
+        self, near: socket.SocketType, client: tuple[str, int], target: tuple[str, int],
+        route: Route, number: int, now: int,
     ) -> Session | None:  # fmt: skip
         source = client[0] if route.source == "client" else None
         try:
@@ -297,15 +297,15 @@ class Worker:
         return session
 
     def _refuse(
-        self, near: socket.socket, client: tuple[str, int], target: tuple[str, int], reason: str,
-        now: int,
+        self, near: socket.SocketType, client: tuple[str, int], target: tuple[str, int],
+        reason: str, now: int,
     ) -> None:  # fmt: skip
         self.refused += 1
         reference = session_name(self.writer.new_session())
         self.record(0, Refused(*client, *target, reason, reference), now)
         abort(near)
 
-    def _not_dialled(self, near: socket.socket, number: int, now: int, wrong: OSError) -> None:
+    def _not_dialled(self, near: socket.SocketType, number: int, now: int, wrong: OSError) -> None:
         """Only reached when the upstream socket could not even start to connect."""
         reason = "descriptors" if wrong.errno in {errno.EMFILE, errno.ENFILE} else "unreachable"
         self.record_surely(number, Attributed(None, "none", "none", "not-connected"), now)

@@ -8,7 +8,7 @@ into; of other messages at most `MOST_BODY_BYTES` are kept until they are whole.
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from appliance.sansio import UPSTREAM, ProtocolError
 from appliance.wire import pgmessages
@@ -90,7 +90,7 @@ class Backend:
             kind, length = unpack(buffer, position)
             after = position + 1 + length
             if kind == _DATA_ROW and length >= 4:
-                if after <= last:
+                if after <= last and buffer[after] == _DATA_ROW:
                     after, count = hop(buffer, position, end, kind)
                     self._rows += count
                 else:
@@ -144,7 +144,7 @@ class Backend:
         running.ended = self._pipeline.now
         self._rows, self._mark = 0, after
 
-    def _completed(self, tag: str, after: int) -> Running | None:
+    def _completed(self, tag: str, after: int) -> None:
         """The server is done with an operation."""
         pipeline = self._pipeline
         steps = pipeline.steps
@@ -163,14 +163,18 @@ class Backend:
             wait = True
         else:
             pipeline.mismatch("result")
-            return None
+            return
         running.tag = tag
         self._measure(running, after)
-        pipeline.ended(running, wait=wait)
-        return running
+        if running.names:
+            pipeline.names.confirm_all(running.names)
+        if wait:
+            pipeline.wait(running)
+        else:
+            pipeline.end(running, "ok")
 
     def _command_complete(self, body: bytes, after: int) -> None:
-        self._completed(text_of(body[:_MOST_TAG_BYTES]).partition("\0")[0], after)
+        self._completed(pgmessages.tag(body[:_MOST_TAG_BYTES]), after)
 
     def _empty_query(self, _body: bytes, after: int) -> None:
         self._completed("", after)
@@ -199,11 +203,10 @@ class Backend:
     def _row_description(self, body: bytes, _after: int) -> None:
         columns = pgmessages.columns(body)
         steps = self._pipeline.steps
-        step, thing = steps[0] if steps else SYNC
-        if step is _DESCRIBE:
-            del steps[0]
-            if thing is not None:
-                thing.columns = columns
+        if steps and steps[0][0] is _DESCRIBE:
+            described = self._answered(_DESCRIBE, "RowDescription")
+            if described is not None:
+                described.columns = columns
             return
         running = self._running()
         if running is not None:
@@ -217,11 +220,14 @@ class Backend:
         if steps and steps[0][0] is Step.DESCRIBE and isinstance(steps[0][1], Statement):
             steps[0][1].oids = pgmessages.parameter_types(body)
 
-    def _answered(self, step: Step, name: str) -> object:
-        """Take the step at hand off; None when it is another one."""
+    def _answered(self, step: Step, name: str) -> Any:
+        """Take the step at hand off; None when it is another one, or its question is held back."""
         steps = self._pipeline.steps
         if steps and steps[0][0] is step:
-            return steps.pop(0)[1]
+            thing = steps[0][1]
+            if thing is None or not thing.silent:
+                del steps[0]
+                return thing
         self._pipeline.mismatch(name)
         return None
 
@@ -232,8 +238,10 @@ class Backend:
             running = statement.running
             if running is not None:
                 self._measure(running, after)
-                steps = self._pipeline.steps
-                self._pipeline.ended(running, wait=bool(steps) and steps[0][0] is _SYNC)
+                if self._pipeline.steps and self._pipeline.steps[0][0] is _SYNC:
+                    self._pipeline.wait(running)
+                else:
+                    self._pipeline.end(running, "ok")
 
     def _bind_complete(self, _body: bytes, _after: int) -> None:
         portal = self._answered(_BIND, "BindComplete")

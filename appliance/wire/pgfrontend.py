@@ -59,8 +59,9 @@ class Frontend:
             if not data:
                 return
         if self._kept is None:
-            self._at, self._next = offset + len(given) - len(data), 0
-            self._decode(bytes(data) if len(data) <= _SMALL_BYTES else data, given, offset)
+            size = len(data)
+            self._at, self._next = offset + len(given) - size, 0
+            self._decode(bytes(data) if size <= _SMALL_BYTES else data, given, offset)
         else:
             self._kept += data
             if len(self._kept) >= self._needed and not self.blocked:

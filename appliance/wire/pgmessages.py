@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from struct import Struct
 from struct import error as struct_error
-from typing import Any, NamedTuple
+from typing import Any
 
 from appliance.wire.pgtypes import decode, text_of
 
@@ -40,23 +40,6 @@ class Malformed(Exception):
     """A body is not what the protocol says."""
 
 
-class Parse(NamedTuple):
-    """Parse: `text` is the raw statement; `oids` are the types that the client gave, 0 for none."""
-
-    name: bytes
-    text: bytes
-    oids: tuple[int, ...]
-
-
-class Bind(NamedTuple):
-    """Bind, up to its values: `position` is where the value count stands in the body."""
-
-    portal: bytes
-    statement: bytes
-    formats: tuple[int, ...]
-    position: int
-
-
 def cstring(body: bytes, position: int) -> tuple[bytes, int]:
     """Return the bytes up to the next zero byte, and the position after it."""
     end = body.find(b"\0", position)
@@ -78,9 +61,10 @@ def startup_parameters(body: bytes) -> dict[str, str]:
     return parameters
 
 
-def parse(body: bytes, *, cut: bool) -> Parse:
-    """Return a Parse message; of a cut one the text goes as far as the body and the types are not
-    known.
+def parse(body: bytes, *, cut: bool) -> tuple[bytes, bytes, tuple[int, ...]]:
+    """Return (name, text, types that the client gave, 0 for none) of a Parse.
+
+    Of a cut one the text goes as far as the body, and no types are known.
     """
     end = body.find(0)
     stop = body.find(0, end + 1)
@@ -88,21 +72,19 @@ def parse(body: bytes, *, cut: bool) -> Parse:
         raise Malformed("a string in Parse has no end")
     name = body[:end]
     if cut:
-        return Parse(name, body[end + 1 : stop] if stop >= 0 else body[end + 1 :], ())
+        return name, body[end + 1 : stop] if stop >= 0 else body[end + 1 :], ()
     text = body[end + 1 : stop]
     size = len(body) - stop - 3
     count = int.from_bytes(body[stop + 1 : stop + 3], "big")
     if size != 4 * count:
         raise Malformed("Parse has other types than it says")
     if not count:
-        return Parse(name, text, ())
-    return Parse(
-        name, text, tuple(_UINT4(body, stop + 3 + 4 * number)[0] for number in range(count))
-    )
+        return name, text, ()
+    return name, text, tuple(_UINT4(body, stop + 3 + 4 * number)[0] for number in range(count))
 
 
-def bind(body: bytes) -> Bind:
-    """Return the head of a Bind message."""
+def bind(body: bytes) -> tuple[bytes, bytes, tuple[int, ...], int]:
+    """Return (portal, statement, formats, where the value count stands) of a Bind."""
     end = body.find(0)
     stop = body.find(0, end + 1)
     if end < 0 or stop < 0:
@@ -115,7 +97,7 @@ def bind(body: bytes) -> Bind:
             formats = tuple(_INT2(body, stop + 3 + 2 * number)[0] for number in range(count))
     except struct_error as wrong:
         raise Malformed("Bind is cut") from wrong
-    return Bind(body[:end], body[end + 1 : stop], formats, position)
+    return body[:end], body[end + 1 : stop], formats, position
 
 
 def values(
@@ -185,6 +167,12 @@ def error_fields(body: bytes) -> dict[str, str]:
         fields[code] = text_of(body[position + 1 : end])[:_MOST_MESSAGE_CHARS]
         position = end + 1
     return fields
+
+
+@lru_cache(256)
+def tag(body: bytes) -> str:
+    """Return the text of a CommandComplete, which is one of a few again and again."""
+    return text_of(body).partition("\0")[0]
 
 
 def columns(body: bytes) -> Columns:

@@ -7,7 +7,8 @@ Theory of operation. `steps` are the messages that the server will answer, in or
 that never get an answer of their own (Flush, CopyData). A simple query and a function call are one
 step that ReadyForQuery ends; in the extended protocol each message is a step, and so is Sync. An
 error there makes the server discard everything up to the next Sync; `fail` does the same here, and
-`skipping` says that this Sync has not come yet.
+`fate` is "skipped" until this Sync comes: what is asked meanwhile has no other result. When the
+server is gone, it is "cut".
 
 A result waits in `pending` until ReadyForQuery tells the transaction status, when that is what the
 server sends next; other results are written at once.
@@ -62,8 +63,7 @@ class Pipeline:
     """The state that both sides of a session share."""
 
     __slots__ = (
-        "copying", "last", "lost", "names", "now", "out", "pending", "replication", "skipping",
-        "steps",
+        "copying", "fate", "last", "lost", "names", "now", "out", "pending", "replication", "steps",
     )  # fmt: skip
 
     def __init__(self, analyser: Analyser) -> None:
@@ -73,7 +73,7 @@ class Pipeline:
         self.last = 0  #: number of the last operation
         self.steps: list[tuple[Step, Any]] = []
         self.pending: Running | None = None
-        self.skipping = False
+        self.fate = ""  #: the result of what is asked now, when that is known already
         self.copying: Running | None = None  #: takes the client's CopyData
         self.replication = False  #: the client speaks to a WAL sender
         self.lost = False  #: answers and questions did not match, and a Gap says so
@@ -154,19 +154,16 @@ class Pipeline:
         )
         self.out.append(Audit(record))
 
-    def ended(self, running: Running, *, wait: bool) -> None:
-        """The server is done with an operation; its Result waits for ReadyForQuery or not."""
-        if running.names:
-            self.names.confirm_all(running.names)
-        if wait:
-            self.pending = running
-        else:
-            self.end(running, "ok")
+    def wait(self, running: Running) -> None:
+        """Write the Result of an operation when ReadyForQuery comes."""
+        if self.pending is not None and self.pending is not running:
+            self.end(self.pending, "ok")  # a server that answers out of turn
+        self.pending = running
 
     def synced(self) -> None:
         """The client sent Sync."""
-        if self.skipping:
-            self.skipping = False
+        if self.fate == "skipped":
+            self.fate = ""
             self.names.undo_voided()
         self.names.batch += 1
         self.steps.append(SYNC)
@@ -225,13 +222,14 @@ class Pipeline:
     def _failed(self, running: Running, fields: dict[str, str]) -> None:
         running.error = fields
         running.ended = self.now
-        self.pending = running
+        self.wait(running)
 
     def _discard(self, fields: dict[str, str]) -> None:
         """Take off what the server will not answer: the failed step and all up to Sync."""
         steps = self.steps
         end = next((at for at, step in enumerate(steps) if step[0] is _SYNC), len(steps))
-        self.skipping = end == len(steps)
+        if end == len(steps):
+            self.fate = "skipped"
         taken = steps[:end]
         del steps[:end]
         operations = _operations(taken)
@@ -241,7 +239,7 @@ class Pipeline:
             self.failed_alone(fields)
         for running in operations[1:]:
             self.end(running, "skipped")
-        self.names.void(_definitions(taken), later=self.skipping)
+        self.names.void(_definitions(taken), later=self.fate == "skipped")
 
     def forget_portals(self) -> None:
         """The transaction is over: its portals are gone."""
@@ -259,6 +257,8 @@ class Pipeline:
 
     def cut(self) -> None:
         """No more answers will come."""
+        self.fate = "cut"
+        self.copying = None
         if self.pending is not None:
             self.end(self.pending, "ok")
             self.pending = None

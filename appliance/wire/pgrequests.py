@@ -117,11 +117,11 @@ class Requests:
         pipeline = self._pipeline
         if step is _QUERY:
             pipeline.names.batch += 1
-        if not pipeline.skipping:
+        if not pipeline.fate:
             pipeline.steps.append((step, running))
             return
         for one in running if step is _QUERY else (running,):
-            pipeline.end(one, "skipped")
+            pipeline.end(one, pipeline.fate)
             pipeline.names.void(one.names, later=True)
 
     def _function_call(self, body: bytes, at: int, after: int, left: int) -> None:
@@ -177,7 +177,7 @@ class Requests:
             pipeline.release(replaced)
         if room:
             portals[key] = portal
-        if not pipeline.skipping:
+        if not pipeline.fate:
             pipeline.steps.append((_BIND, portal))
         portal.silent = True
         self._silent.append(portal)
@@ -187,8 +187,8 @@ class Requests:
                 self._no_room()
 
     def _execute(self, body: bytes, at: int, after: int, left: int) -> None:
-        name, position = pgmessages.cstring(body, 0)
-        if left or len(body) != position + 4:
+        name = body[:-5]
+        if left or len(body) < 5 or body.find(0) != len(name):
             raise Malformed("Execute is a name and a number")
         pipeline = self._pipeline
         portal = pipeline.names.portals.get(name)
@@ -266,7 +266,8 @@ class Requests:
         if self.held >= 0:
             self.announce()
         pipeline = self._pipeline
-        if pipeline.copying is None or pipeline.steps[0][0] is not _EXECUTE:
+        steps = pipeline.steps
+        if pipeline.copying is None or not steps or steps[0][0] is not _EXECUTE:
             pipeline.synced()
 
     def _flush(self, body: bytes, _at: int, _after: int, _left: int) -> None:
@@ -318,15 +319,15 @@ class Requests:
                     name=text_of(thing.key), truncated=thing.truncated,
                 )  # fmt: skip
                 thing.running = running
-            if pipeline.skipping:
-                pipeline.end(running, "skipped")
+            if pipeline.fate:
+                pipeline.end(running, pipeline.fate)
         self._silent.clear()
         self.held = -1
 
     def _expect(self, step: Step, thing: Any) -> None:
         """Expect an answer; in a batch that failed there is none, and no name changes."""
         pipeline = self._pipeline
-        if not pipeline.skipping:
+        if not pipeline.fate:
             pipeline.steps.append((step, thing))
         elif isinstance(thing, Statement) and step is not _DESCRIBE:
             pipeline.names.void((thing,), later=True)

@@ -282,9 +282,8 @@ def pending(segment: Segment, number: int, offset: int, history: History, report
     report.pending.append(Pending(segment.generation, offset, len(commits), size))
     late = max(history.late_s(segment, commit) for commit in commits)
     if late > SILENCE_S:
-        report.incomplete(
-            f"it was not sealed for {late:.0f} s", segment=segment.generation, offset=offset
-        )
+        reason = f"it was not sealed for {late:.0f} s" if history.sealed_ns else "it is not sealed"
+        report.incomplete(reason, segment=segment.generation, offset=offset)
 
 
 def _log_key(state: Path, vkey: str | None, report: Report) -> LogKey:

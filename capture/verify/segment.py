@@ -55,7 +55,7 @@ class Segment:
     def __init__(self, path: Path) -> None:
         """Open the file and check its header; OSError, or SegmentError."""
         self._memory = memoryview(b"")
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # not wait on a pipe
         try:
             self.block = os.pread(self._fd, BLOCK, 0)
             self._unpack()

@@ -1,5 +1,6 @@
 """The follower: each commit once, in the order of its stream, while it is written and after."""
 
+import os
 import struct
 import time
 from hashlib import sha256
@@ -107,6 +108,16 @@ def test_a_segment_that_was_read_to_its_end_is_not_opened_again(place):
         follower = Follower(place.store, place.keys, lambda _, cursor=cursor: cursor)
         assert not all_of(follower)
         assert not follower.following(incarnation)
+
+
+def test_what_only_has_the_name_of_a_segment_is_passed_by(place):
+    place.writer().close()
+    follower = Follower(place.store, place.keys)
+    os.mkfifo(place.store.segment(0x98))
+    place.store.segment(0x99).mkdir()
+    place.store.segment(0x9A).symlink_to("/dev/zero")
+    assert_continuous(all_of(follower))
+    assert not follower.damage
 
 
 def test_writers_that_come_later_are_followed(place):

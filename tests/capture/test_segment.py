@@ -324,3 +324,13 @@ def test_a_start_that_fails_leaves_no_memory_behind(where):
     with pytest.raises(OSError):
         where.writer()
     assert os.listdir(where.store.hot) == os.listdir(where.store.open) == []
+
+
+@pytest.mark.parametrize("left", ["", "zzzz", "\0" * 9, "\udcff"])
+def test_a_counter_that_was_lost_is_found_again_from_the_segments(where, left):
+    where.writer().close()
+    newest = where.store.generations()[-1]
+    counter = where.store.evidence / "generation"
+    counter.write_text(left, encoding="utf-8", errors="surrogateescape")
+    assert where.store.next_generation() == newest + 1
+    assert counter.read_text(encoding="ascii") == f"{newest + 1:08x}\n"

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -202,6 +203,24 @@ def test_two_segments_that_were_swapped_are_found(any_place):
     a.write_bytes(b.read_bytes())
     b.write_bytes(content)
     assert {finding.segment for finding in invalid(any_place)} >= {first, second}
+
+
+def test_a_state_without_its_whole_ledger_is_incomplete(any_place):
+    shutil.rmtree(any_place.state / "evidence" / "ledger")
+    report = any_place.verify()
+    assert report.exit_code == 2
+    assert {finding.reason for finding in report.findings} == {
+        "nothing was signed yet", "it is not sealed"
+    }  # fmt: skip
+
+
+def test_a_pipe_in_place_of_a_segment_is_named_and_not_waited_for(any_place):
+    pipe = any_place.store.segment(0x98)
+    os.mkfifo(pipe)
+    assert any_place.verify().exit_code == 2
+    first = any_place.store.segment(any_place.store.generations()[0])
+    pipe.rename(first)
+    assert any_place.verify().exit_code == 1
 
 
 def test_a_segment_under_a_number_that_is_not_its_own_is_found(any_place):

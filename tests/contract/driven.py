@@ -6,6 +6,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+from pgserver import free_port
+
+from appliance import config
 from appliance.config import Config, Paths, Route
 from appliance.proxy.loop import GateLoop
 from appliance.proxy.session import Session
@@ -27,22 +30,23 @@ PATIENCE_S = 20.0
 
 
 class Gate:
-    """One worker without listeners; `connect` stands for an accepted connection."""
+    """One worker; `connect` and `listen` stand for its transparent listeners."""
 
     def __init__(self, folder, **route):
         self.loop = GateLoop()
-        self.config = Config(
-            Paths(folder / "state", folder / "run"), route=(Route("all", **route),)
-        )
+        paths = Paths(folder / "state", folder / "run")
+        settings = config.Gate(listen_port=free_port())
+        self.config = Config(paths, settings, route=(Route("all", **route),))
         self._listeners = []
         self.store = Store(self.config.paths.state, self.config.paths.run)
         self.store.prepare()
         self.keys = Keys.load_or_create(self.config.paths.state)
         attributor = SimpleNamespace(lost=0)  # identity is not what these tests are about
         self.worker = Worker(self.config, 0, self.loop, self.keys, attributor, set())
-        self.worker.writer = SegmentWriter(
+        writer = SegmentWriter(
             self.store, self.keys, "gate-0", role="gate", settings=SETTINGS, wake=self.worker.wake
         )
+        self.worker.start(writer)
 
     def connect(self, port=5432):
         """Return a conversation whose both ends the test plays."""
@@ -99,6 +103,8 @@ class Gate:
         """End everything and return every frame: (kind, session, offset, payload)."""
         for session in list(self.worker.sessions.values()):
             session.close("test", "gate", reset=True)
+        for listener in self.worker._listeners:
+            listener.close()
         for listener in self._listeners:
             self.loop.remove_reader(listener.fileno())
             listener.close()

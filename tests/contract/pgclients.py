@@ -8,6 +8,7 @@ pgbench's tables.
 import os
 import socket
 import subprocess
+import tempfile
 
 import psycopg
 import pytest
@@ -199,7 +200,31 @@ def run_raw(programs, host, port):
     raw.close()
 
 
-RUNS = (run_psql, run_psycopg, run_pipeline, run_copy, run_pgbench, run_raw)
+def run_replication(programs, host, port):
+    """A physical backup and a logical stream."""
+    where = ["-h", host, "-p", str(port), "-U", "postgres"]
+    environment = {**os.environ, "PGSSLMODE": "disable"}
+
+    def program(name, *words, check=True, longest_s=60):
+        argv = [str(programs / name), *where, *words]
+        return subprocess.run(argv, capture_output=True, check=check, env=environment,
+                              timeout=longest_s)  # fmt: skip
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        program("pg_basebackup", "-D", f"{folder}/backup", "-X", "none", "-c", "fast", "--no-sync")
+        slot = ["-d", "shop", "-S", "followed"]
+        program("pg_recvlogical", *slot, "--create-slot", "-P", "test_decoding")
+        psql(programs, host, port, "open", "INSERT INTO kept (n) SELECT generate_series(1, 50);")
+        script = "\\pset format unaligned\n\\t on\nSELECT pg_current_wal_lsn();"
+        end = psql(programs, host, port, "open", script)
+        program("pg_recvlogical", *slot, "--start", "-f", f"{folder}/followed", "-F", "0",
+                "--endpos", end.stdout.strip())  # fmt: skip
+        with open(f"{folder}/followed", encoding="utf-8") as file:
+            assert file.read().count("INSERT: n") >= 50
+        program("pg_recvlogical", *slot, "--drop-slot")
+
+
+RUNS = (run_psql, run_psycopg, run_pipeline, run_copy, run_pgbench, run_raw, run_replication)
 
 
 def prepare(server):

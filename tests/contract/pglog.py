@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 _LINE = re.compile(r"^([0-9a-f]+\.[0-9a-f]+)\|([^|\n]*)\|([A-Z]+):  ", re.MULTILINE)
 _STATEMENT = re.compile(
-    r"(?:statement|execute (?P<name>.*?)): (?P<text>.*)"
+    r"(?:statement|received replication command|execute (?P<name>.*?)): (?P<text>.*)"
     r"|fastpath function call: .*\(OID (?P<oid>\d+)\)",
     re.DOTALL,
 )

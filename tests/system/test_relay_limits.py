@@ -101,7 +101,7 @@ def test_readers_that_never_read_do_not_hinder_a_healthy_session():
             far = [closed.enter_context(listener.accept()[0]) for _ in mute]
             sent = pour(far, EACH)
             waiting = [session["unsent"] > 0 for session in gate.sessions()]
-            assert sum(waiting) > MUTE // 5  # the rest fits into the kernel's buffers
+            assert sum(waiting) > MUTE // 20  # the rest fits into the kernel's buffers
             assert gate.memory_kib() - before < 16 * MUTE
             healthy(gate, 20_000_000)
             for sock in far:

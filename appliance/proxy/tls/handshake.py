@@ -143,7 +143,7 @@ class Handshake:
         session.interest()
 
     def _stream(
-        self, raw: socket.socket | TlsStream, context: ssl.SSLContext, name: str | None,
+        self, raw: socket.SocketType | TlsStream, context: ssl.SSLContext, name: str | None,
         *, server: bool = False,
     ) -> tuple[TlsStream, ssl.SSLObject]:  # fmt: skip
         assert not isinstance(raw, TlsStream)

@@ -30,12 +30,13 @@ class TlsStream:
     """One leg. `other` is the session's other leg when that is TLS, too."""
 
     __slots__ = (
-        "_ciphertext", "_cut", "_dry", "_early", "_ended", "_failed", "_incoming", "_outgoing",
-        "_owed", "_raw", "_said_end", "_scratch", "_tls", "_told_end", "other", "truncated",
+        "_behind", "_ciphertext", "_cut", "_dry", "_early", "_ended", "_failed", "_incoming",
+        "_more", "_outgoing", "_owed", "_raw", "_said_end", "_scratch", "_tls", "_told_end",
+        "other", "truncated",
     )  # fmt: skip
 
     def __init__(
-        self, raw: socket.socket, tls: ssl.SSLObject, incoming: ssl.MemoryBIO,
+        self, raw: socket.SocketType, tls: ssl.SSLObject, incoming: ssl.MemoryBIO,
         outgoing: ssl.MemoryBIO, scratch: memoryview,
     ) -> None:  # fmt: skip
         """`scratch` may be shared by all streams of a thread."""
@@ -47,6 +48,8 @@ class TlsStream:
         self._early = bytearray()  #: decrypted before it was asked for
         self._ciphertext = memoryview(b"")  #: what the socket has not taken
         self._owed = 0  #: plaintext whose ciphertext is not sent to its end
+        #: the socket may have more; an end or a mark is behind the bytes that it has
+        self._more, self._behind = True, False
         self._cut = False  #: the socket gave its end
         self._dry = False  #: what is there of the next record is not all of it
         self._ended = self._said_end = self._told_end = False
@@ -61,7 +64,7 @@ class TlsStream:
         return "" if wrong is None else str(wrong.reason or wrong).lower().replace("_", " ")
 
     @property
-    def raw(self) -> socket.socket:
+    def raw(self) -> socket.SocketType:
         """The socket."""
         return self._raw
 
@@ -115,14 +118,19 @@ class TlsStream:
 
     @property
     def pending(self) -> bool:
-        """Say whether a call of recv may succeed though the socket is not readable."""
-        if self._early or self._failed or (self._ended and not self._told_end):
+        """Say whether a call of recv may succeed without another event of the socket."""
+        if self._more or self._early or self._failed or (self._ended and not self._told_end):
             return True
         return not self._dry and bool(self._incoming.pending or self._tls.pending())
 
+    def told(self, *, behind: bool) -> None:
+        """Note that the socket has something new; `behind`: more than bytes."""
+        self._more = True
+        self._behind = self._behind or behind
+
     def peek(self) -> bool:
         """Say whether recv has something, or an end, to give; a record may be none of both."""
-        if not self.pending:
+        if self._dry or not (self._incoming.pending or self._tls.pending()):
             try:
                 self._fetch(LEAST_BYTES)
             except BlockingIOError:
@@ -162,12 +170,17 @@ class TlsStream:
     def _fetch(self, most: int) -> None:
         """Take ciphertext from the socket. Raises OSError as recv does."""
         room = max(most - self._incoming.pending, LEAST_BYTES)
-        length = self._raw.recv_into(self._scratch[:room])
+        try:
+            length = self._raw.recv_into(self._scratch[:room])
+        except OSError:
+            self._more = self._behind = False
+            raise
         if length:
             self._incoming.write(self._scratch[:length])
+            self._more = self._behind or length == room
         else:
             self._incoming.write_eof()
-            self._cut = True
+            self._cut, self._more = True, False
         self._dry = False
 
     def _decrypt(self, area: memoryview) -> int:

@@ -119,8 +119,8 @@ class SpeakingSensor:
                 peer, _ = self._listener.accept()
             except OSError:
                 return
+            self._peers.append(peer)  # before HELLO: who has read it may want us to close
             peer.sendall(self.hello())
-            self._peers.append(peer)
             thread = threading.Thread(target=self._serve, args=(peer,), daemon=True)
             self._threads.append(thread)
             thread.start()

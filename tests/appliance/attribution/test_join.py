@@ -251,3 +251,17 @@ def test_a_question_that_was_open_when_the_sensor_died_is_asked_again(make_bench
 def test_damaged_saved_syns_are_like_none(bench):
     attributed, _ = bench.ask(OUTSIDE, syns.TARGET, syns.with_identity()[:41])
     assert attributed.account == "subnet"
+
+
+def test_an_owner_that_arrived_while_the_gate_was_busy_is_not_too_late(bench):
+    """The timer runs before the socket is read when both are due."""
+    bench.sensor.answers[syns.HANDLE] = None  # no answer to the question
+    got = bench.begin(syns.CLIENT, syns.TARGET, syns.with_identity())
+    assert got == []
+    bench.until(lambda: not bench.sensor.asked.empty())
+    bench.sensor.owner(owner())
+    (waiting,) = bench.attributor._by_handle[syns.HANDLE]
+    bench.attributor._late(waiting)
+    assert got[0][0].account == "backup"
+    bench.attributor._late(waiting)
+    assert len(got) == 1

@@ -84,3 +84,34 @@ def test_lost_events_are_counted_and_make_older_connects_untrusted(bench):
     bench.sensor.owner(owner())
     bench.until(lambda: bench.table.by_handle(syns.HANDLE) is not None)
     assert len(bench.table) == 2
+
+
+def test_syns_without_room_for_the_option_are_no_lost_events(bench):
+    bench.sensor.connect(syns.CLIENT, syns.TARGET)
+    bench.until(lambda: len(bench.table) == 1)
+    bench.sensor.lost(connect_ring=0, record_ring=1, options=50)
+    bench.until(lambda: bench.attributor.lost == 1)
+    assert len(bench.table) == 1
+
+
+def test_connects_are_forgotten_with_the_sensor_that_told_them_and_owners_are_not(bench):
+    """What the next user of a port connects is told by nobody meanwhile."""
+    bench.sensor.connect(syns.CLIENT, syns.TARGET)
+    bench.sensor.owner(owner())
+    bench.until(lambda: len(bench.table) == 2)
+    bench.stop_sensor()
+    assert bench.table.by_handle(syns.HANDLE) is not None
+    assert len(bench.table) == 1
+
+
+def test_everything_that_arrived_is_taken_in_at_once(bench):
+    """More than one read of the socket, while the loop does not run."""
+    one = bytes(72) + events.four_tuple(bytes(4), 0, bytes(4), 5432) + bytes(4)
+    many = b"".join(
+        events.message(Message.CONNECT, one[:104] + port.to_bytes(2, "little") + one[106:])
+        for port in range(900)
+    )
+    assert len(many) > 1 << 16
+    bench.sensor.say(many)
+    bench.link.drain()
+    assert len(bench.table) == 900

@@ -1,6 +1,7 @@
 import fcntl
 import json
 import os
+import shutil
 
 import pytest
 
@@ -54,6 +55,34 @@ def test_a_session_and_a_segment_can_be_verified_alone(narrows, sealed):
         assert answer.json()["what"] == what.lower()
     assert narrows("evidence", "verify", "nonsense").code == 3
     assert narrows("evidence", "verify", sealed[0][:4]).code == 2
+
+
+def test_an_older_copy_of_everything_is_found_by_a_checkpoint_that_was_kept(
+    narrows, sealed, tmp_path
+):
+    state, older, kept = narrows.evidence.store.state, tmp_path / "older", tmp_path / "kept"
+    shutil.copytree(state, older)
+    with narrows.evidence.writer() as gate:
+        gate.close(gate.open())
+    seal(narrows)
+    shutil.copy(state / "evidence" / "ledger" / "checkpoint", kept)
+    words = ("evidence", "verify", "--checkpoint", str(kept))
+    assert narrows(*words).code == 0
+    shutil.rmtree(state)
+    shutil.copytree(older, state)
+    assert narrows("evidence", "verify").code == 0, "nothing in it contradicts itself"
+    answer = narrows(*words)
+    assert answer.code == 1
+    assert "rolled back" in answer.out
+
+
+def test_a_kept_file_that_cannot_be_read_is_a_wrong_word(narrows, sealed, tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    for option in ("--checkpoint", "--ledger-key"):
+        for name in ("bytes", "none"):
+            answer = narrows("evidence", "verify", option, str(tmp_path / name))
+            assert answer.code == 2
+            assert answer.err.count("\n") == 1
 
 
 def test_evidence_that_was_changed_is_exit_code_1(narrows, sealed):

@@ -4,6 +4,8 @@ import gc
 import tracemalloc
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from messages import message, messages, startup
 from replay import TIME, Replay, digest, facts
 from transcript import FOLDER, load
@@ -804,6 +806,23 @@ def test_an_upstream_that_closes_cuts_what_runs(talk):
     assert talk.results[0].bytes > 0
 
 
+def test_what_is_asked_of_a_server_that_is_gone_is_cut_at_once(talk):
+    talk.up(query("COPY t FROM STDIN"), parse("s", "SELECT 1"))
+    talk.down(message("G", (0, 1), (0, 2)))
+    talk.feed(UPSTREAM, None)
+    talk.up(SYNC, query("SELECT 2"), bind("", "s"), execute(), SYNC)
+    assert talk.statuses == dict.fromkeys(range(1, 5), "cut")
+
+
+def test_an_answer_to_what_is_still_held_back_is_not_taken_for_one(talk):
+    talk.up(parse("s", "SELECT 1"))
+    talk.down(PARSED)
+    assert talk.of(Gap)[0].detail == "unexpected ParseComplete"
+    talk.up(SYNC)
+    talk.down(PARSED, READY)
+    assert talk.statuses == {1: "ok"}
+
+
 def test_a_client_that_half_closes_still_gets_its_results(talk):
     talk.up(query("SELECT 1"))
     talk.feed(CLIENT, None)
@@ -888,6 +907,55 @@ def test_a_server_that_breaks_the_protocol_is_refused_without_an_error_in_the_mi
 
 def test_answers_are_bounded_by_what_the_pipeline_allows():
     assert pgpipeline.MOST_STEPS * len(PARSED) > 2 * 8192  # the server's send buffer
+
+
+# -- any order of messages
+
+UP = [
+    query("SELECT 1"), query("SELECT 1; SELECT 2"), query(""), query("PREPARE s AS SELECT 3"),
+    query("DEALLOCATE ALL"), query("COPY t FROM STDIN"), parse("", "SELECT $1"),
+    parse("s", "SELECT 4"), parse("s", "COPY t FROM STDIN"), bind("", "", b"1"), bind("", "s"),
+    bind("p", "s"), execute(), execute("p", 1), describe("S", "s"), describe("P"),
+    close("S", "s"), close("P", "p"), SYNC, SYNC, FLUSH, message("d", b"x"), message("c"),
+    message("f", "no"), message("X"), message("F", (1, 4), (0, 2), (0, 2), (0, 2)), None,
+]  # fmt: skip
+DOWN = [
+    PARSED, BOUND, CLOSED, complete("SELECT 1"), complete("COPY 1"), columns("a"), row(b"1"),
+    message("n"), message("s"), message("I"), message("t", (1, 2), (23, 4)), error("42601"),
+    READY, READY, IN_TRANSACTION, message("G", (0, 1), (0, 2)), message("H", (0, 1), (0, 2)),
+    message("W", (0, 1), (0, 2)), message("d", b"x"), message("c"), message("V", (-1, 4)),
+    message("N", b"SNOTICE\0\0"), message("A", (1, 4), "x", "y"), None,
+    message("S", "client_encoding", "LATIN1"), message("S", "standard_conforming_strings", "off"),
+]  # fmt: skip
+EITHER = st.one_of(
+    st.tuples(st.just(CLIENT), st.sampled_from(UP)),
+    st.tuples(st.just(UPSTREAM), st.sampled_from(DOWN)),
+)
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.lists(EITHER, max_size=40), st.integers(1, 9))
+def test_messages_in_any_order_are_told_once_and_in_any_pieces_alike(said, size):
+    whole, cut = Talk(), Talk()
+    ended = set()
+    for side, data in said:
+        if side in ended:
+            continue
+        if data is None:
+            ended.add(side)
+        whole.feed(side, data)
+        for at in range(0, len(data or b""), size):
+            cut.feed(side, data[at : at + size])
+        if data is None:
+            cut.feed(side, None)
+    for talk in (whole, cut):
+        talk.refuse("the end")
+        results = [result.op for result in talk.results]
+        assert sorted(results) == list(range(1, len(talk.operations) + 1))
+        assert [operation.op for operation in talk.operations] == sorted(results)
+        assert talk.untold == []
+    assert whole.records == cut.records
+    assert whole.relayed == cut.relayed
 
 
 # -- recorded sessions

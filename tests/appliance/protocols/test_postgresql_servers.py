@@ -93,6 +93,20 @@ def test_rows_are_counted_as_the_server_counted_them(heard):
     assert counted > 100
 
 
+def test_replication_is_told_and_its_data_counted(heard):
+    _, sessions = heard
+    told = {}
+    for found, _ in sessions.values():
+        results = {each["op"]: each for each in found if each["record"] == "Result"}
+        for each in found:
+            if each["record"] == "Operation" and "_" in each["verb"]:
+                told[each["verb"]] = results[each["op"]]
+    assert {"BASE_BACKUP", "IDENTIFY_SYSTEM", "CREATE_REPLICATION_SLOT", "START_REPLICATION",
+            "DROP_REPLICATION_SLOT"} <= set(told)  # fmt: skip
+    assert told["BASE_BACKUP"]["detail"]["copy"]["bytes_down"] > 20_000_000
+    assert told["START_REPLICATION"]["detail"]["copy"]["direction"] == "both"
+
+
 def test_a_cancel_through_the_gate_is_linked_and_works(tmp_path):
     with PgServer(18) as server:
         gate = Gate(tmp_path)
