@@ -49,7 +49,7 @@ class Dialling:
                 break
             if waited >= self._timeout_s:
                 session.close("timeout", "upstream", reset=True)
-            elif given_up(session.client_socket):
+            elif given_up(session.up.source):
                 session.close("reset", "client", reset=True)
         self._ticking = bool(self._since)
         if self._ticking:

@@ -247,6 +247,16 @@ class Direction:
             self.pending = True
         return length
 
+    def pass_on(self, data: bytes) -> None:
+        """Record bytes that were received privately, and send them on. Raises EvidenceError."""
+        session = self.session
+        worker = session.worker
+        position = worker.writer.append(
+            self.kind, session.number, data, worker.now(), self.received
+        )
+        self.received += len(data)
+        self.send(data, 0, position)
+
     # -- sending -----------------------------------------------------------------------------------
 
     def send(self, data: memoryview | bytes, end: int, position: int, *, own: bool = False) -> None:

@@ -25,10 +25,9 @@ from appliance.proxy import effects
 from appliance.proxy.detect import detect
 from appliance.proxy.direction import Direction
 from appliance.proxy.loop import DEAD, ENDED, WRITE
-from appliance.proxy.tls.handshake import TIMER, Handshake, broken_later
-from appliance.proxy.tls.stream import TlsStream
+from appliance.proxy.tls.handshake import Handshake, begin, broken_later
 from appliance.proxy.upstream import why
-from appliance.sansio import CLIENT, FOREVER, UPSTREAM, Facts, Layer, Side
+from appliance.sansio import CLIENT, FOREVER, UPSTREAM, Layer, Side
 from appliance.wire.clienthello import may_begin
 from capture.errors import EvidenceError
 from capture.frames import Kind, session_name
@@ -49,7 +48,7 @@ LINGER_S = 5.0
 #: Above this much of the gate's own answers waiting, the side that causes them is not read.
 MOST_OWN_BYTES = 64 * 1024
 _FORGED = frozenset({"forged", "replayed"})
-_DETECT, _LINGER = "gate: detect", "gate: linger"
+DETECT, _LINGER = "gate: detect", "gate: linger"
 _UP, _UP_OWN, _DOWN, _DOWN_OWN = map(int, (Kind.UP, Kind.UP_OWN, Kind.DOWN, Kind.DOWN_OWN))
 
 
@@ -198,6 +197,11 @@ class Session:
             self.timers[name].cancel()
         self.timers[name] = self.worker.loop.call_later(delay_s, callback, *arguments)
 
+    def drop_timer(self, name: str) -> None:
+        """Do not call any more, if it was to be called."""
+        if self.timers is not None and name in self.timers:
+            self.timers.pop(name).cancel()
+
     # -- detection ---------------------------------------------------------------------------------
 
     def _detecting(self, direction: Direction) -> None:
@@ -212,17 +216,18 @@ class Session:
         assert self.prefix is not None
         self.prefix = self.prefix + data if self.prefix else data
         if self.route.tls == "intercept" and not self.up.stream and may_begin(self.prefix):
-            self._begin_tls(self.prefix, due=False)
+            begin(self, self.prefix, due=False)
             return
-        self._detect()
+        self.detect()
 
-    def _detect(self) -> None:
+    def detect(self) -> None:
+        """Ask which protocol `prefix` belongs to. Raises EvidenceError."""
         assert self.prefix is not None
         protocol, reason = detect(self.prefix, self.target[1])
         if protocol is not None:
             self._choose(protocol.name, reason)
-        elif self.timers is None or _DETECT not in self.timers:
-            self.set_timer(_DETECT, self.worker.config.gate.detect_ms / 1000, self._undecided)
+        elif self.timers is None or DETECT not in self.timers:
+            self.set_timer(DETECT, self.worker.config.gate.detect_ms / 1000, self._undecided)
 
     def _undecided(self) -> None:
         if self.prefix is not None and not self.closed:
@@ -234,37 +239,20 @@ class Session:
     def _choose(self, name: str, reason: str) -> None:
         """Make a layer, and give it what was held back. Raises EvidenceError."""
         prefix, self.prefix = self.prefix, None
-        if self.timers is not None and _DETECT in self.timers:
-            self.timers.pop(_DETECT).cancel()
+        self.drop_timer(DETECT)
         self.protocol = name
         self.record(Detected(name, reason))
         if name == "opaque":
             self.layer = self.worker.opaque
             self.up.relay = self.down.relay = FOREVER
         else:
-            self.layer = discover()[name].layer(self._facts())
+            self.layer = discover()[name].layer(effects.facts(self))
         if prefix:
             if self.up.relay:
-                self._pass_on(prefix)
+                self.up.pass_on(prefix)
             else:
                 effects.feed_private(self, self.up, prefix)
         self.interest()
-
-    def _facts(self) -> Facts:
-        route, in_tls = self.route, self.up.stream is not None
-        return Facts(
-            self.number, self.client, self.target, self.worker.keys.digest,
-            opens_tls=route.tls == "intercept" and not in_tls, in_tls=in_tls,
-            plain_upstream=route.tls_upstream == "plain",
-            same_certificate=bool(route.tls_certificate),
-        )  # fmt: skip
-
-    def _pass_on(self, data: bytes) -> None:
-        """Record bytes from the client that were held back, and send them on."""
-        up, worker = self.up, self.worker
-        position = worker.writer.append(up.kind, self.number, data, worker.now(), up.received)
-        up.received += len(data)
-        up.send(data, 0, position)
 
     def choose_nothing(self, reason: str) -> bytes:
         """Make a session that is being detected opaque; return what was held back, which is neither
@@ -286,53 +274,6 @@ class Session:
             if held and not self.closed:
                 direction.send(held, 0, position)
         self.interest()
-
-    @property
-    def client_socket(self) -> socket.SocketType:
-        """Return the client's socket itself."""
-        source = self.up.source
-        return source.raw if isinstance(source, TlsStream) else source
-
-    # -- TLS ---------------------------------------------------------------------------------------
-
-    def start_tls(self, *, both: bool) -> None:
-        """The layer says that TLS begins: the client's next bytes are its ClientHello."""
-        assert both is (self.route.tls_upstream == "tls")
-        self._begin_tls(b"", due=True)
-
-    def _begin_tls(self, first: bytes, *, due: bool) -> None:
-        """Open TLS from here on; `first` is what came of the ClientHello already."""
-        if not due:
-            self.prefix = b""
-            if self.timers is not None and _DETECT in self.timers:
-                self.timers.pop(_DETECT).cancel()
-        self.handshake = Handshake(self, first, due=due)
-        if first:
-            self.handshake.step()
-        self.interest()
-
-    def not_tls(self, first: bytes) -> None:
-        """What looked like TLS is none: detection goes on."""
-        self._handshake_over()
-        self.prefix = first
-        self._detect()
-        self.interest()
-
-    def in_tls(self, near: TlsStream, far: TlsStream | None) -> None:
-        """Both legs are up: from here on sockets give and take plaintext."""
-        self._handshake_over()
-        self.up.take_tls(near)
-        if far is not None:
-            self.down.take_tls(far)
-            near.other, far.other = far, near
-        self.interest()
-        self.up.again()  # plaintext may have come with the end of the handshake
-        self.down.again()
-
-    def _handshake_over(self) -> None:
-        self.handshake = None
-        if self.timers is not None and TIMER in self.timers:
-            self.timers.pop(TIMER).cancel()
 
     # -- ends --------------------------------------------------------------------------------------
 

@@ -24,7 +24,6 @@ that it would have used it is refused: the server would take it for an attack.
 
 from __future__ import annotations
 
-from enum import Enum
 from struct import Struct
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,6 @@ from appliance.sansio import (
     FOREVER,
     UPSTREAM,
     Audit,
-    Close,
     Effect,
     Forward,
     Hide,
@@ -43,7 +41,8 @@ from appliance.sansio import (
     Side,
     StartTls,
 )
-from appliance.wire import pgmessages
+from appliance.wire import pgbinding, pggreeting, pgmessages
+from appliance.wire.pggreeting import Phase
 from appliance.wire.pgmessages import (
     CANCEL_REQUEST,
     GSSENC_REQUEST,
@@ -54,23 +53,13 @@ from appliance.wire.pgmessages import (
 )
 from appliance.wire.pgpipeline import told
 from appliance.wire.pgtypes import text_of
-from capture.frames import session_name
-from capture.records import Fact, Operation, Result, Withheld
+from capture.records import Fact, Result, Withheld
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from appliance.sansio import Data, Eof, Facts
 
 MOST_MESSAGE_BYTES = 65_536 + 64  #: the server's PG_MAX_AUTH_TOKEN_LENGTH, and its header
 MOST_WAITING_BYTES = 64 * 1024  #: of the client, before the server is ready; then it is not read
-
-#: What a client is told whose SCRAM exchange is bound to another certificate than the server's.
-BINDING = (
-    "SCRAM channel binding does not pass TLS that the gate opens: "
-    "connect with channel_binding=disable where the driver has it, or ask the gate's operator"
-)
-INVALID_AUTHORIZATION = "28000"
 
 _HEADER = Struct("!BI").unpack_from
 _PACKET = Struct("!II").unpack_from
@@ -78,26 +67,12 @@ _INT4 = Struct("!I").unpack_from
 _HEADER_BYTES = 5
 _PACKET_BYTES = 8
 _PASSWORD = ord("p")
-_SASL = (10).to_bytes(4, "big")
 _TERMINATE = ord("X")
 
 #: Requests of AuthenticationRequest: what the evidence calls them.
 _METHODS = {
     0: "none", 2: "kerberos", 3: "password", 5: "md5", 7: "gss", 9: "sspi", 10: "sasl",
 }  # fmt: skip
-_SECRET_ANSWERS = {8: "gss", 11: "sasl", 12: "sasl"}  #: requests that carry a server's secret
-
-
-class Phase(Enum):
-    """See the module's table."""
-
-    OPEN = "open"
-    ASKED = "asked"
-    STARTED = "started"
-    READY = "ready"
-    CANCELLED = "cancelled"
-    SEALED = "sealed"
-    REFUSED = "refused"
 
 
 class Startup:
@@ -245,33 +220,20 @@ class Startup:
         if self._gss_refused:
             raise Malformed("GSSENCRequest came twice")
         self._gss_refused = True
-        withheld = Withheld("client", self._client_at, _PACKET_BYTES, "gssenc")
-        self._out.append(Audit(withheld))
+        self._out.append(Audit(Withheld("client", self._client_at, _PACKET_BYTES, "gssenc")))
         self._out.append(Forward(CLIENT, b"N", Origin.SYNTHESISED))
         del self._client[:_PACKET_BYTES]
         self._client_at += _PACKET_BYTES
 
     def _cancel(self, packet: bytes) -> None:
-        if len(packet) < 16:
-            raise Malformed("a cancel request has a key")
-        (pid,) = _INT4(packet, 8)
-        key_digest = self._facts.digest(packet[12:])
-        target = "{}:{}".format(*self._facts.target)
-        named = {"pid": pid, "key_digest": key_digest, "target": target}
-        operation = Operation(
-            1, "CANCEL", f"cancel {pid}", self._client_at, len(packet), binds=(named,),
-            kind="cancel",
-        )  # fmt: skip
-        self._out.append(Audit(operation))
-        self._fact("cancel", named)
+        self._out.extend(pggreeting.cancel(packet, self._client_at, self._facts))
         self._pass_client(len(packet))
         self.phase = Phase.CANCELLED
 
     def _start(self, packet: bytes, code: int) -> None:
-        parameters = pgmessages.startup_parameters(packet[8:])
-        version = f"{code >> 16}.{code & 0xFFFF}"
-        self._fact("startup", {"protocol": version, "parameters": parameters})
-        mode = parameters.get("replication", "").lower()
+        fields = pggreeting.startup(packet, code)
+        self._fact("startup", fields)
+        mode = fields["parameters"].get("replication", "").lower()
         self.replication = mode in ("database", "true", "on", "yes", "1")
         self._pass_client(len(packet))
         self.phase = Phase.STARTED
@@ -296,7 +258,8 @@ class Startup:
             if len(client) < end:
                 return
             body = bytes(client[_HEADER_BYTES:end])
-            if self._unbound and self._method == "sasl" and not self._mechanism and _binds(body):
+            first = self._method == "sasl" and not self._mechanism
+            if first and self._unbound and pgbinding.binds(body):
                 self._refuse_binding()
                 return
             self._name_mechanism(body)
@@ -304,12 +267,7 @@ class Startup:
 
     def _refuse_binding(self) -> None:
         self._out.extend(self.withhold("channel-binding"))
-        told = f"{BINDING} (reference {session_name(self._facts.session)})"
-        self._fact("error", {"sqlstate": INVALID_AUTHORIZATION, "message": told})
-        error = pgmessages.error_response(INVALID_AUTHORIZATION, told)
-        self._out.append(Forward(CLIENT, error, Origin.SYNTHESISED))
-        self._out.append(Close(CLIENT, BINDING))
-        self._out.append(Close(UPSTREAM, BINDING))
+        self._out.extend(pgbinding.refusal(self._facts.session))
         self.phase = Phase.REFUSED
 
     @property
@@ -339,13 +297,13 @@ class Startup:
             if not 4 <= length <= MOST_MESSAGE_BYTES:
                 raise Malformed(f"a message of type {kind} has {length} bytes")
             end = 1 + length
-            for start, secret in _server_secrets(kind, server):
+            for start, secret in pggreeting.secrets(server):
                 at = self._server_at
                 self._hide(data, at + start, at + end, secret)
             if len(server) < end:
                 return
             self._server_message(kind, bytes(server[_HEADER_BYTES:end]))
-            offered = self._without_binding(kind, bytes(server[_HEADER_BYTES:end]))
+            offered = pgbinding.without(bytes(server[:end])) if self._unbound else None
             if offered is None:
                 self._pass_server(end)
             else:
@@ -399,7 +357,7 @@ class Startup:
             name = "error" if kind == ord("E") else "notice"
             self._fact(name, {"sqlstate": sqlstate, "message": message, **told(fields)})
         elif kind == ord("v"):
-            self._negotiated(body)
+            self._fact("negotiate", pggreeting.negotiated(body))
         elif kind == ord("Z"):
             self._fact("parameter", dict(self.parameters))
             self.phase = Phase.READY
@@ -419,30 +377,8 @@ class Startup:
         self._fact("authentication", fields)
         self.authenticated = True
 
-    def _negotiated(self, body: bytes) -> None:
-        if len(body) < 8:
-            raise Malformed("NegotiateProtocolVersion is cut")
-        version, count = _PACKET(body, 0)
-        refused = pgmessages.strings(body, 8, min(count, len(body)))
-        minor = version & 0xFFFF  # servers send the minor number alone or the whole version
-        self._fact("negotiate", {"protocol": f"3.{minor}", "refused": refused})
-
-    def _without_binding(self, kind: int, body: bytes) -> bytes | None:
-        """Return what the client gets in place of the server's list of SASL mechanisms, or None for
-        the list as it is.
-        """
-        if kind != ord("R") or not self._unbound or body[:4] != _SASL:
-            return None
-        names = body[4:].split(b"\0")
-        left = [name for name in names if not name.endswith(b"-PLUS")]
-        if left == names or not any(left):
-            return None
-        told = _SASL + b"\0".join(left)
-        return b"R" + (len(told) + 4).to_bytes(4, "big") + told
-
     def _replace_server(self, length: int, by: bytes) -> None:
-        withheld = Withheld("upstream", self._server_at, length, "channel-binding")
-        self._out.append(Audit(withheld))
+        self._out.append(Audit(Withheld("upstream", self._server_at, length, "channel-binding")))
         self._out.append(Forward(CLIENT, by, Origin.SYNTHESISED))
         del self._server[:length]
         self._server_at += length
@@ -481,21 +417,3 @@ class Startup:
         self._client.clear()
         self._server.clear()
         return out
-
-
-def _server_secrets(kind: int, message: bytearray) -> Iterator[tuple[int, str]]:
-    """Yield (where a secret begins in the message, its kind); it goes to the message's end."""
-    if kind == ord("K"):
-        yield _HEADER_BYTES + 4, "cancel-key"
-    elif kind == ord("R") and len(message) >= _HEADER_BYTES + 4:
-        secret = _SECRET_ANSWERS.get(_INT4(message, _HEADER_BYTES)[0])
-        if secret is not None:
-            yield _HEADER_BYTES + 4, secret
-
-
-def _binds(body: bytes) -> bool:
-    """Say whether a SASLInitialResponse uses channel binding, or says that it would (RFC 5802,
-    section 7: the gs2-cbind-flag).
-    """
-    name, _, rest = body.partition(b"\0")
-    return name.startswith(b"SCRAM-") and rest[4:5] in (b"p", b"y")

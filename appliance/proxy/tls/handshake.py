@@ -105,7 +105,7 @@ class Handshake:
         """Say whether the ClientHello is there and the handshake goes on."""
         if not self._due and not clienthello.may_begin(self.first):
             self.stage = Stage.OVER
-            self.session.not_tls(self.first)
+            self._give_back()
             return False
         try:
             hello = clienthello.parse(self.first)
@@ -210,7 +210,30 @@ class Handshake:
                 client_cipher=cipher,
             )
         )  # fmt: skip
-        session.in_tls(near, far)
+        self._install(near, far)
+
+    def _install(self, near: TlsStream, far: TlsStream | None) -> None:
+        """From here on the session's sockets give and take plaintext."""
+        session = self.session
+        self._leave()
+        session.up.take_tls(near)
+        if far is not None:
+            session.down.take_tls(far)
+            near.other, far.other = far, near
+        session.interest()
+        session.up.again()  # plaintext may have come with the end of the handshake
+        session.down.again()
+
+    def _give_back(self) -> None:
+        """It is no TLS: detection goes on with what came."""
+        self._leave()
+        self.session.prefix = self.first
+        self.session.detect()
+        self.session.interest()
+
+    def _leave(self) -> None:
+        self.session.handshake = None
+        self.session.drop_timer(TIMER)
 
     # -- failures
 
@@ -265,6 +288,16 @@ class Handshake:
                 verified="no" if by == "gate" else "",
             )  # fmt: skip
         self.session.record(told)
+
+
+def begin(session: Session, first: bytes, *, due: bool) -> None:
+    """Open TLS from here on; `first` is what came of the ClientHello. See `Handshake` for `due`."""
+    if not due:
+        session.prefix = b""
+    session.handshake = Handshake(session, first, due=due)
+    if first:
+        session.handshake.step()
+    session.interest()
 
 
 def broken_later(session: Session, direction: Direction) -> None:

@@ -17,6 +17,8 @@ from driven import half_stream, records
 from tls_ends import NAME, End, client_context, serving
 
 from appliance import config
+from appliance.proxy.tls import Terminator
+from capture.errors import KeyFileError
 from capture.frames import Kind
 
 VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
@@ -208,11 +210,13 @@ def test_the_servers_own_certificate_is_shown_where_the_gate_has_it(
     assert shown == established["presented"] == established["chain"][0]["sha256"]
 
 
-def test_a_key_that_others_may_read_is_refused(certificates, make_gate):
+def test_a_key_that_others_may_read_is_refused(certificates, tmp_path):
     certificate, key = certificates.server()
     key.chmod(0o640)
-    with pytest.raises(Exception, match="may be read by others"):
-        make_gate(tls_certificate=str(certificate), tls_key=str(key))
+    route = config.Route("all", tls="intercept", tls_certificate=str(certificate), tls_key=str(key))
+    given = config.Config(config.Paths(tmp_path / "state"), route=(route,))
+    with pytest.raises(KeyFileError, match="may be read by others"):
+        Terminator(given)
 
 
 # -- what fails
