@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 
@@ -9,6 +10,9 @@ def main() -> int:
     """Run the command line; return its exit code."""
     from appliance.cli import main as command
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it is not when the caller closed it
+        # What a terminal cannot show is escaped; it must not end a conversation in the middle.
+        sys.stdout.reconfigure(errors="backslashreplace")
     return command(sys.argv[1:])
 
 

@@ -22,6 +22,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from appliance.ports import Ports
+
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 EXIT_CONFIG = 78
 
@@ -39,6 +41,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "evidence.checkpoint_s": (1, 5),
     "attribution.wait_ms": (0, 60_000),
     "attribution.replay_entries": (1 << 10, 1 << 26),
+    "review.port": (1, 65535),
 }
 MOST_NAME_BYTES = 128
 _PROTOCOLS = frozenset({"tcp", "udp", "icmp", *map(str, range(256))} - {"6"})
@@ -53,34 +56,6 @@ class ConfigError(Exception):
         self.key = key
         self.line = line
         self.hint = hint
-
-
-@dataclass(frozen=True, slots=True)
-class Ports:
-    """A set of ports: `"all"`, or a list of ports and "low-high" ranges."""
-
-    ranges: tuple[tuple[int, int], ...] = ((1, 65535),)
-
-    def __contains__(self, port: int) -> bool:
-        return any(low <= port <= high for low, high in self.ranges)
-
-    @classmethod
-    def parse(cls, value: Any) -> Ports:
-        """Return the set that a TOML value means; ValueError otherwise."""
-        if value == "all":
-            return cls()
-        if not isinstance(value, list) or not value:
-            raise ValueError('ports are "all" or a list such as [5432, "8000-8100"]')
-        ranges = []
-        for item in value:
-            low, _, high = str(item).partition("-")
-            if isinstance(item, bool) or not low.isdecimal() or (high and not high.isdecimal()):
-                raise ValueError(f"{item!r} is no port")
-            pair = (int(low), int(high or low))
-            if not 1 <= pair[0] <= pair[1] <= 65535:
-                raise ValueError(f"{item!r} is no port range")
-            ranges.append(pair)
-        return cls(tuple(sorted(ranges)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +122,16 @@ class Sensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Review:
+    """[review]"""
+
+    address: str = "127.0.0.1"  #: address that the review API listens on; never a client network's
+    port: int = 8443  #: and its port
+    certificate: str = ""  #: PEM file; "" is review.crt in the state directory, made by itself
+    key: str = ""  #: PEM file, mode 0600; "" is review.key in the state directory
+
+
+@dataclass(frozen=True, slots=True)
 class Http:
     """[http]"""
 
@@ -175,7 +160,7 @@ class Route:
         ipaddress.ip_network("0.0.0.0/0"),
         ipaddress.ip_network("::/0"),
     )  #: destination networks
-    ports: Ports = Ports()  #: destination ports
+    ports: Ports = field(default_factory=Ports)  #: destination ports
     protocol: str = "tcp"  #: "tcp", "udp", "icmp" or an IP protocol number
     #: "allow" is for what is not TCP: routed and counted
     action: Literal["intercept", "allow"] = "intercept"
@@ -229,6 +214,7 @@ class Config:
     attribution: Attribution = field(default_factory=Attribution)
     sensor: Sensor = field(default_factory=Sensor)
     tls: Tls = field(default_factory=Tls)
+    review: Review = field(default_factory=Review)
     http: Http = field(default_factory=Http)
     route: tuple[Route, ...] = ()
     account: tuple[Account, ...] = ()
@@ -342,6 +328,7 @@ class _Reader:
                 raise self.fail(key, f"must be {low} to {high}")
         if config.evidence.segment_bytes % 4096:
             raise self.fail("evidence.segment_bytes", "must be a multiple of 4096")
+        self._check_review(config.review)
         for kind, entries in (("route", config.route), ("account", config.account)):
             names = [entry.name for entry in entries]
             for name in names:
@@ -356,6 +343,17 @@ class _Reader:
         for account in config.account:
             if account.match == Match():
                 raise self.fail("account.match", f"account {account.name!r} has no selector")
+
+    def _check_review(self, review: Review) -> None:
+        try:
+            ipaddress.ip_address(review.address)
+        except ValueError as wrong:
+            raise self.fail("review.address", "must be an IP address") from wrong
+        for name, path in (("certificate", review.certificate), ("key", review.key)):
+            if path and not path.startswith("/"):
+                raise self.fail(f"review.{name}", "must be an absolute path")
+        if bool(review.certificate) != bool(review.key):
+            raise self.fail("review.key", "certificate and key belong together", "give both")
 
     def _check_name(self, key: str, name: str) -> None:
         """Names stand in records, tables, kernel objects and the lab's paths."""

@@ -1,8 +1,8 @@
-"""The long-running processes: builds the objects of a gate worker or of the seal, and runs them
-until SIGTERM.
+"""The long-running processes: builds the objects of a gate worker, of the seal or of the review
+API, and runs them until SIGTERM.
 
-The only place where the parts of a process are put together. `appliance.cli` calls `gate` and
-`seal`; systemd units or the lab's supervisor start and restart the processes.
+The only place where the parts of a process are put together. `appliance.cli` calls `gate`, `seal`
+and `review`; systemd units or the lab's supervisor start and restart the processes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING
 
 from appliance.attribution import Attributor, Register, ReplayCache, SensorLink, check_overlaps
-from appliance.live import ControlSocket
+from appliance.live import ControlSocket, alone
 from appliance.protocols import discover
 from appliance.proxy import redirect
 from appliance.proxy.kernel import follow_addresses, record_kernel
@@ -38,19 +38,22 @@ SEAL_S = 0.2
 
 
 def gate(config: Config, number: int) -> int:
-    """Run gate worker `number` until SIGTERM or SIGINT; return the exit code."""
+    """Run gate worker `number` until SIGTERM or SIGINT; return the exit code. AlreadyRuns when
+    another process does.
+    """
     check_overlaps(config.account, config.file)
+    store = Store(config.paths.state, config.paths.run)
+    store.prepare()
     _all_descriptors()
     own = redirect.own_addresses()  # netlink before the loop: pyroute2 runs a loop of its own
     discover()  # its imports take a while: no session is to wait for them
-    loop = GateLoop()
-    with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        return runner.run(_gate(config, number, own, loop))
+    with alone(store.run, number):
+        loop = GateLoop()
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            return runner.run(_gate(config, number, store, own, loop))
 
 
-async def _gate(config: Config, number: int, own: set[str], loop: GateLoop) -> int:
-    store = Store(config.paths.state, config.paths.run)
-    store.prepare()
+async def _gate(config: Config, number: int, store: Store, own: set[str], loop: GateLoop) -> int:
     keys = Keys.load_or_create(config.paths.state)
     link, attributor = _attribution(config, loop)
     worker = Worker(config, number, loop, keys, attributor, own)
@@ -58,6 +61,7 @@ async def _gate(config: Config, number: int, own: set[str], loop: GateLoop) -> i
         store, keys, f"gate-{number}", role="gate", worker=number, settings=_settings(config),
         wake=worker.wake, config_sha256=config.sha256,
     )  # fmt: skip
+    await link.greet()  # connections that waited for a gate have their owners asked at once
     worker.start(writer)
     stopping = asyncio.Event()
     kernel = loop.create_task(record_kernel(config, writer, stopping)) if number == 0 else None
@@ -114,6 +118,25 @@ def seal(config: Config) -> int:
         if not busy:
             time.sleep(SEAL_S)
     sealer.close()
+    return 0
+
+
+def review(config: Config) -> int:
+    """Run the review API until SIGTERM or SIGINT; return the exit code."""
+    _all_descriptors()
+    return asyncio.run(_review(config))
+
+
+async def _review(config: Config) -> int:
+    from appliance.web.server import Server
+
+    store = Store(config.paths.state, config.paths.run)
+    store.prepare()
+    server = Server(config, store, Keys.load_or_create(config.paths.state))
+    await server.start()
+    log.info("the review API listens on %s, port %d", config.review.address, server.port)
+    await _until_signal(asyncio.get_running_loop())
+    await server.stop()
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -16,15 +17,44 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Any, Protocol
 
+from capture import index_query
 from capture.frames import session_name, session_number
+from capture.index_query import Session, State, endpoint
+from capture.moment import rfc3339
+from capture.session_json import SessionObject, session_object
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from capture.index import Index
 
 log = logging.getLogger("narrows.live")
 
 MOST_BYTES = 1 << 16
 _PEER = struct.Struct("3i")
+
+
+class AlreadyRuns(Exception):
+    """Another process is this gate worker."""
+
+
+@contextlib.contextmanager
+def alone(run: Path, number: int) -> Iterator[None]:
+    """Be gate worker `number` of the run directory, or raise AlreadyRuns.
+
+    Two of one number would take each other's control socket, and sessions that nobody can see or
+    kill would be left. The lock goes with its process, however that ends.
+    """
+    fd = os.open(run / f"gate-{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyRuns(f"gate worker {number} runs already in {run}") from None
+        yield
+    finally:
+        os.close(fd)
 
 
 class Sessions(Protocol):
@@ -118,18 +148,57 @@ def ask(path: Path, question: dict[str, Any], *, timeout_s: float = 5.0) -> dict
     return found
 
 
+class RunningObject(SessionObject):
+    """A session that runs now, as its worker counts it; `unsent`: bytes that a slow peer has not
+    taken.
+    """
+
+    unsent: int
+
+
+def running_object(index: Index, told: dict[str, Any]) -> RunningObject:
+    """Return the session object with the worker's own counts; the index may not know it yet."""
+    known = index_query.session(index, session_number(told["id"])) or _unindexed(told)
+    return {
+        **session_object(known),
+        "client": endpoint(*told["client"]),
+        "target": endpoint(*told["target"]),
+        "protocol": told["protocol"] or None,
+        "route": told["route"],
+        "started": rfc3339(told["started"]),
+        "state": "running",
+        "operations": told["operations"],
+        "bytes_up": told["bytes_up"],
+        "bytes_down": told["bytes_down"],
+        "unsent": told["unsent"],
+    }
+
+
+def _unindexed(told: dict[str, Any]) -> Session:
+    return Session(
+        number=session_number(told["id"]), started=told["started"], ended=None,
+        state=State.RUNNING, client="", target="", route=None, worker=None,
+        account=told.get("service_account"), assurance=None, how=None, unknown=None, owner=None,
+        protocol=None, bytes_up=0, bytes_down=0, operations=0, denied=0, errors=0, hidden=0,
+        gaps=0, alarms=0, reason=None, ended_by=None,
+    )  # fmt: skip
+
+
 def workers(run: Path) -> list[Path]:
     """Return the control sockets that are there."""
     return sorted(run.glob("gate-*.sock"))
 
 
-def running(run: Path) -> list[dict[str, Any]]:
-    """Return the running sessions of every worker that answers."""
+def ask_all(run: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return what the workers say of their sessions, and why each silent one did not answer."""
     found: list[dict[str, Any]] = []
+    silent: dict[str, str] = {}
     for path in workers(run):
-        with contextlib.suppress(OSError):
+        try:
             found += ask(path, {"do": "list"})["sessions"]
-    return found
+        except (OSError, ValueError, KeyError) as wrong:
+            silent[path.name] = str(wrong)
+    return found, silent
 
 
 def kill(run: Path, session: int, actor: str, reason: str) -> bool:

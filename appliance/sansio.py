@@ -21,10 +21,12 @@ hot path, and a frozen dataclass costs three times as much to build.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 from typing import Protocol as Interface
+
+from appliance.config import Http
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,10 +96,11 @@ class Data(NamedTuple):
 
 
 class Eof(NamedTuple):
-    """`side` will send no more; `reset` when it aborted."""
+    """`side` will send no more; `reset` when it aborted. `offset` is how much it sent in all."""
 
     side: Side
     reset: bool
+    offset: int = 0
 
 
 class Elapsed(NamedTuple):
@@ -181,6 +184,7 @@ class Facts:
     client: tuple[str, int]
     target: tuple[str, int]  #: original destination
     digest: Callable[[bytes], str]  #: keyed digest (HMAC) of bytes that must not be shown
+    http: Http = field(default_factory=Http)  #: what is secret in HTTP besides the usual
     opens_tls: bool = False  #: StartTls works here
     in_tls: bool = False  #: the session is in TLS already, which the gate opened
     plain_upstream: bool = False  #: the server's side is in the clear where the client's is TLS
@@ -229,6 +233,9 @@ class Protocol(Interface):
     name: str
     ports: frozenset[int]  #: usual ports: a hint, never proof
     speaks_first: Side
+    #: whether, on its usual ports, silence inside what may be its first message means nothing: for
+    #: protocols whose first bytes are hardly another's
+    waits: bool
 
     def probe(self, prefix: bytes) -> Answer:
         """Say whether the client's first bytes are this protocol's."""

@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from capture.errors import EvidenceError
-from capture.records import Access
+from capture.records import Access, Decision
 from capture.segment import SegmentWriter
 from capture.settings import SMALL
 
@@ -65,6 +65,13 @@ class AccessLog:
             self._writer.record(0, record, time.time_ns())
         self._writer.wait_durable()
 
+    def decide(self, action: str, reason: str) -> None:
+        """Record that a person did something to the appliance, durably; EvidenceError when that
+        cannot be: then it is not to be done.
+        """
+        self._writer.record(0, Decision(actor(), action, reason, "done"), time.time_ns())
+        self._writer.wait_durable()
+
 
 def actor(login_uid: Path | str = _LOGIN_UID) -> str:
     """Return who runs this process: "uid:0(root) login:1000(alice) sudo:1000(alice)".
@@ -82,7 +89,8 @@ def actor(login_uid: Path | str = _LOGIN_UID) -> str:
         words.append(f"login:{_person(login)}")
     sudo, name = os.environ.get("SUDO_UID", ""), os.environ.get("SUDO_USER", "")
     if sudo or name:
-        words.append(f"sudo:{sudo[:20]}({name[:64]})")
+        claimed = f"sudo:{sudo[:20]}({name[:64]})"
+        words.append(claimed.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
     return " ".join(words)
 
 

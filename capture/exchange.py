@@ -1,7 +1,7 @@
 """Pairs operations with their results: what was asked, and how it ended.
 
-The command line and the exports read a session's records through it. A session is one pass; only
-operations without a result, and a few that wait for one before them, are in memory.
+The command line, the API and the exports read a session's records through it. A session is one
+pass; only operations without a result, and a few that wait for one before them, are in memory.
 """
 
 from __future__ import annotations
@@ -45,3 +45,25 @@ def exchanges(records: Iterable[Record]) -> Iterator[Exchange]:
                     yield Exchange(*asked.pop(passing), ended.pop(passing))
     for op, (time_ns, fields) in asked.items():
         yield Exchange(time_ns, fields, ended.get(op))
+
+
+def page(records: Iterable[Record], after: int, limit: int) -> tuple[list[Exchange], bool]:
+    """Return the first `limit` operations with a number above `after`, and whether there are more.
+
+    Reads no further than their results.
+    """
+    asked: dict[int, Record] = {}
+    ended: dict[int, dict[str, Any]] = {}
+    more = False
+    for time_ns, fields in records:
+        kind, op = fields["record"], fields.get("op", 0)
+        if kind == "Operation" and op > after:
+            if len(asked) < limit:
+                asked[op] = (time_ns, fields)
+            else:
+                more = True
+        elif kind == "Result" and op in asked:
+            ended[op] = fields
+        if more and len(ended) == len(asked):
+            break
+    return [Exchange(*record, ended.get(op)) for op, record in asked.items()], more

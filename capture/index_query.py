@@ -10,14 +10,14 @@ import json
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capture.frames import NAME_LETTERS, session_name, session_number
 from capture.index_schema import number, stored
 from capture.index_search import expressions, newest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from capture.index import Index
 
@@ -68,6 +68,13 @@ class Session:
         return session_name(self.number)
 
 
+class Place(NamedTuple):
+    """Where a session stands in a list; it stays there while sessions come and go."""
+
+    started: int
+    session: int
+
+
 @dataclass(frozen=True, slots=True)
 class Filter:
     """Which sessions; what is None or empty does not matter."""
@@ -80,6 +87,9 @@ class Filter:
     state: State | None = None
     limit: int = 0  #: 0 for all
     oldest_first: bool = False
+    protocol: str | None = None
+    target: str | None = None  #: address, or "address:port" as it is printed
+    after: Place | None = None  #: only what comes after this session in the list
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +151,10 @@ def _listed(index: Index, chosen: Filter) -> Iterator[Session]:
         tests.append(_FOUND)
         values.append(expression)
     order, after = ("ASC", ">") if chosen.oldest_first else ("DESC", "<")
-    more: list[str] = []
+    more = [] if chosen.after is None else [f"(s.started, s.id) {after} (?, ?)"]
     place: tuple[int, ...] = ()
+    if chosen.after is not None:
+        place = (chosen.after.started, stored(chosen.after.session))
     size = min(chosen.limit, PAGE) if chosen.limit else PAGE
     while True:
         where = f"WHERE {' AND '.join([*more, *tests])}" if more or tests else ""
@@ -161,13 +173,23 @@ def _newest_found(index: Index, chosen: Filter) -> Iterator[Session]:
     """Yield what a search finds as it goes back in time, without collecting all of it."""
     tests, values = _tests(chosen)
     wanted = expressions(chosen.words)
-    if chosen.account is not None and any(map(str.isalnum, chosen.account)):
-        wanted += expressions('"' + chosen.account.replace('"', " ") + '"')
+    host = None if chosen.target is None else _address(chosen.target)[0]
+    for text in (chosen.account, chosen.protocol, host):  # they are among a session's words
+        if text is not None and any(map(str.isalnum, text)):
+            wanted += expressions('"' + text.replace('"', " ") + '"')
     query = f"{_SESSIONS} WHERE {' AND '.join(['s.id = ?', *tests])}"
-    for rows in newest(index.db, wanted, max(chosen.since or 0, 0)):
+    before = None if chosen.after is None else (chosen.after.started, stored(chosen.after.session))
+    until = None if before is None else before[0] + 1
+    for rows in newest(index.db, wanted, max(chosen.since or 0, 0), until):
         found = (index.db.execute(query, (row, *values)).fetchone() for row in rows)
         together = [_session(row) for row in found if row is not None]
-        yield from sorted(together, key=lambda s: (s.started, stored(s.number)), reverse=True)
+        for session in sorted(together, key=_place, reverse=True):
+            if before is None or _place(session) < before:
+                yield session
+
+
+def _place(session: Session) -> tuple[int, int]:
+    return session.started, stored(session.number)
 
 
 def session(index: Index, wanted: int) -> Session | None:
@@ -200,12 +222,53 @@ def extents(index: Index, wanted: int) -> Iterator[Extent]:
     return (Extent(*row) for row in rows)
 
 
+def commit_of(index: Index, wanted: int, offset: int, *, up: bool) -> tuple[int, int]:
+    """Return (generation, number) of the commit that holds a byte of a half-stream, or would if it
+    had been recorded: the last one whose bytes begin at or before `offset`. (0, 0) when there is
+    none.
+    """
+    at = "up_at" if up else "down_at"
+    row = index.db.execute(
+        f"SELECT generation, number FROM extent WHERE session = ? AND {at} <= ?"  # noqa: S608 - one of two words
+        " ORDER BY generation DESC, number DESC LIMIT 1",
+        (stored(wanted), offset),
+    ).fetchone()
+    return (0, 0) if row is None else (row[0], row[1])
+
+
 def events(index: Index, *kinds: int) -> Iterator[Event]:
     """Yield the records of these kinds, oldest first."""
     marks = ", ".join("?" * len(kinds))
     query = f"SELECT kind, time, session, fields FROM event WHERE kind IN ({marks}) ORDER BY time"  # noqa: S608 - marks only
     rows = index.db.execute(query, kinds)
     return (Event(row[0], row[1], number(row[2]), json.loads(row[3])) for row in rows)
+
+
+class EventPlace(NamedTuple):
+    """Where an event stands: its time, and the place of its frame."""
+
+    time_ns: int
+    generation: int
+    commit: int
+    position: int
+
+
+def newest_events(
+    index: Index, kinds: Sequence[int], after: EventPlace | None, limit: int
+) -> list[tuple[EventPlace, Event]]:
+    """Return at most `limit` records of these kinds, the newest first, older than `after`."""
+    marks = ", ".join("?" * len(kinds))
+    older = "" if after is None else "AND (time, generation, number, position) < (?, ?, ?, ?)"
+    rows = index.db.execute(
+        "SELECT time, generation, number, position, kind, session, fields FROM event"  # noqa: S608 - marks only
+        f" WHERE kind IN ({marks}) {older}"
+        " ORDER BY time DESC, generation DESC, number DESC, position DESC LIMIT ?",
+        (*kinds, *(after or ()), limit),
+    )
+    return [
+        (EventPlace(*row[:4]), Event(row[4], row[0], number(row[5]), json.loads(row[6])))
+        for row in rows
+    ]
 
 
 def endpoint(host: str | None, port: int | None) -> str:
@@ -231,7 +294,22 @@ def _tests(chosen: Filter) -> tuple[list[str], list[Any]]:
         values.append(chosen.until)
     if chosen.state is not None:
         tests.append(_STATES[chosen.state])
+    if chosen.protocol is not None:
+        tests.append("s.protocol = ?")
+        values.append(chosen.protocol)
+    if chosen.target is not None:
+        host, port = _address(chosen.target)
+        tests.append("s.target = ?" if port is None else "s.target = ? AND s.target_port = ?")
+        values += [host] if port is None else [host, port]
     return tests, values
+
+
+def _address(text: str) -> tuple[str, int | None]:
+    """Return (address, port) of "address:port", "[address]:port" or an address alone."""
+    host, colon, port = text.rpartition(":")
+    if colon and port.isdecimal() and len(port) <= 5 and (host.startswith("[") or ":" not in host):
+        return host.strip("[]"), int(port)
+    return text.strip("[]"), None
 
 
 def _session(row: tuple[Any, ...]) -> Session:

@@ -9,7 +9,7 @@ which the extents point into.
 from __future__ import annotations
 
 #: Written into the file; an index of another version is thrown away and filled anew.
-VERSION = 2
+VERSION = 3
 
 PRAGMAS = """
 PRAGMA journal_mode = WAL;
@@ -38,6 +38,8 @@ CREATE TABLE session (
 );
 CREATE INDEX session_started ON session (started);
 CREATE INDEX session_account ON session (account, started);
+CREATE INDEX session_protocol ON session (protocol, started);
+CREATE INDEX session_target ON session (target, started);
 CREATE INDEX session_open ON session (started) WHERE closed IS NULL;
 -- Kernel facts of a process, once for all its sessions; the key is their BLAKE2b, 16 bytes.
 CREATE TABLE owner (digest BLOB PRIMARY KEY, facts TEXT NOT NULL) WITHOUT ROWID;

@@ -19,7 +19,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from capture.index_schema import BOUNDARY, first_text, text_moment
+from capture.index_schema import BOUNDARY, MOST_TEXTS, first_text, text_moment
 
 if TYPE_CHECKING:
     import sqlite3
@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 _STREAM = """
 SELECT t.id, t.session, c.session IS NOT NULL
 FROM search AS f JOIN text AS t ON t.id = f.rowid LEFT JOIN continued AS c ON c.session = t.session
-WHERE f.words MATCH ? AND f.rowid >= ? ORDER BY f.rowid DESC
+WHERE f.words MATCH ? AND f.rowid >= ? AND f.rowid < ? ORDER BY f.rowid DESC
 """
 _SPREAD = """
 SELECT t.session FROM search AS f JOIN text AS t ON t.id = f.rowid
 JOIN continued AS c ON c.session = t.session WHERE f.words MATCH ?
 """
+_NO_END = (1 << 63) - 1  #: no row has this id
 
 
 class NoWords(ValueError):
@@ -53,16 +54,20 @@ def expressions(words: str) -> list[str]:
     return found
 
 
-def newest(db: sqlite3.Connection, wanted: Sequence[str], since: int = 0) -> Iterator[list[int]]:
+def newest(
+    db: sqlite3.Connection, wanted: Sequence[str], since: int = 0, until: int | None = None
+) -> Iterator[list[int]]:
     """Yield the stored ids of sessions in which every expression is found: those that began in the
-    same millisecond together, each session once, none that began in a millisecond before `since`.
+    same millisecond together, each session once, none that began in a millisecond before `since`
+    or after that of `until`.
     """
+    end = _NO_END if until is None else first_text(until) + MOST_TEXTS
     spread = _spread(db, wanted, since) if len(wanted) > 1 else {}
     several: set[int] = set()
 
     def streamed() -> Iterator[tuple[int, int]]:
         for identity, row, continued in db.execute(
-            _STREAM, (" AND ".join(wanted), first_text(since))
+            _STREAM, (" AND ".join(wanted), first_text(since), end)
         ):
             if row in spread or row in several:
                 continue

@@ -44,7 +44,7 @@ class Start:
     boot: str  #: boot id, hex
     commit: int
     generation: int
-    role: str  #: "gate", "cli", "seal"
+    role: str  #: "gate", "cli", "review", "seal"
     time: str
     type: str = "start"
     v: int = VERSION

@@ -156,29 +156,29 @@ class _Edge:
 
 class Ledger:
     """The log in one directory. Any number may read; the caller sees to it that only one appends.
+    Who has the log's public key only can do everything but append.
 
     A reader sees the log as it was when it was opened, and only as long as its partial tiles are
     there: open, read, let go.
     """
 
-    def __init__(self, directory: Path, signer: NoteSigner) -> None:
+    def __init__(self, directory: Path, key: NoteSigner | NoteVerifier) -> None:
         """Open or begin the log. EvidenceError when what is on disk is not what was signed: nothing
         is repaired.
         """
-        self._directory, self._signer = directory, signer
+        self._directory = directory
+        self._signer = key if isinstance(key, NoteSigner) else None
+        verifier = key.verifier if isinstance(key, NoteSigner) else key
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.checkpoint = Checkpoint(signer.verifier.name, 0, EMPTY)
+        self.checkpoint = Checkpoint(verifier.name, 0, EMPTY)
         self.note = b""  #: the signed checkpoint; empty before the first append
         self._unneeded: list[Path] = []
         path = directory / "checkpoint"
         if path.exists():
             self.note = path.read_bytes()
-            self.checkpoint = Checkpoint.parse(signer.verifier.open(self.note))
+            self.checkpoint = Checkpoint.parse(verifier.open(self.note))
         self._edge = self._load()
-        if (
-            self._edge.root() != self.checkpoint.root
-            or self.checkpoint.origin != signer.verifier.name
-        ):
+        if self._edge.root() != self.checkpoint.root or self.checkpoint.origin != verifier.name:
             raise EvidenceError(
                 f"the ledger in {directory} does not match its checkpoint; run evidence verify"
             )
@@ -194,6 +194,7 @@ class Ledger:
         """Add `entries`, each of 1 to 4096 bytes, and sign the longer tree; all of them or, on
         OSError, none.
         """
+        assert self._signer is not None, "without the private key the log is only read"
         edge = self._edge.copy()
         files: list[tuple[str, bytes]] = []
         for entry in entries:

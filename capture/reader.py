@@ -133,8 +133,11 @@ class Reader:
             if frame.is_record:
                 yield frame.time_ns, frame.fields()
 
-    def stream(self, session: int, side: Side) -> Iterator[Piece]:
+    def stream(self, session: int, side: Side, start: int = 0) -> Iterator[Piece]:
         """Yield the bytes of one half-stream in order. A jump in `offset` was not recorded.
+
+        With `start`, commits that only hold bytes before it are passed over: what hides bytes of a
+        frame never comes before the frame.
 
         The records that name hidden ranges follow the frame that holds them, before the next frame
         of that side: one frame is held back until they are known.
@@ -142,7 +145,13 @@ class Reader:
         held: Frame | None = None
         hidden: list[tuple[int, int, str]] = []
         sender = "client" if side in (Side.UP, Side.UP_OWN) else "upstream"
-        for frame in self._frames(session, _HOLDS[side]):
+        first = (0, 0)
+        if start and self._index is not None and side in (Side.UP, Side.DOWN):
+            first = index_query.commit_of(self._index, session, start, up=side is Side.UP)
+        holds = _HOLDS[side]
+        for frame in self._frames(
+            session, lambda extent: (extent.generation, extent.number) >= first and holds(extent)
+        ):
             if frame.kind == side.value:
                 if held is not None:
                     yield from _pieces(held, hidden)

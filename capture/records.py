@@ -217,9 +217,10 @@ class Alarm:
 class Decision:
     """A person or program acted: on the session that it stands in, or on the gate."""
 
-    actor: str  #: "uid:0(root)" of the local control socket's peer
-    action: str  #: "kill", "redirect-apply", "redirect-undo"
-    reason: str  #: as given; for the redirect, what was changed
+    #: "uid:0(root)" of the local control socket's peer, or "token:ID(NAME) peer:ADDRESS"
+    actor: str
+    action: str  #: "kill", "redirect-apply", "redirect-undo", "token-create", "token-revoke"
+    reason: str  #: as given; for the redirect, what was changed; for a token, id, role and name
     outcome: str  #: "done" or why not
 
 
@@ -227,11 +228,12 @@ class Decision:
 class Access:
     """Somebody read evidence. Written before the answer is shown."""
 
-    actor: str
-    action: str  #: "list", "show", "export", "search", "verify", "reindex", "live", "checkpoint"
+    actor: str  #: as in Decision
+    #: "list", "show", "export", "search", "verify", "reindex", "live", "checkpoint", "kill"
+    action: str
     query: str  #: what was asked for, as given
     objects: tuple[str, ...] = ()  #: session ids
-    outcome: str = "allowed"
+    outcome: str = "allowed"  #: or "denied" to a token's role, "not-found"
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +255,7 @@ class SessionClose:
 class Start:
     """A process that writes evidence began; first frame of its first segment (session 0)."""
 
-    role: str  #: "gate", "seal", "cli"
+    role: str  #: "gate", "seal", "cli", "review"
     worker: int
     pid: int
     boot_id: str

@@ -20,14 +20,10 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum
-from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple
 
 #: Version of the socket protocol and of the structs.
 VERSION: Final = 1
-#: SYN option: kind 253 (RFC 6994), experiment id "NH" in network order.
-OPTION_KIND: Final = 253
-OPTION_EXID: Final = 0x4E48
 
 _MAPPED = bytes(10) + b"\xff\xff"
 
@@ -284,12 +280,6 @@ def mapped(address: bytes) -> bytes:
 def unmapped(address: bytes) -> bytes:
     """Return the 4-byte form of a mapped IPv4 address; other addresses as they are."""
     return address[12:] if len(address) == 16 and address.startswith(_MAPPED) else address
-
-
-def shown(address: bytes) -> str:
-    """Return a packed address as text."""
-    short = unmapped(address)
-    return str(IPv4Address(short) if len(short) == 4 else IPv6Address(short))
 
 
 _HEAD = struct.Struct("<IB")

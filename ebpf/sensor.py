@@ -31,7 +31,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from ebpf import events, procfs
+from ebpf import events, procfs, syscalls
 from ebpf.census import Census
 from ebpf.cgroups import Cgroups
 from ebpf.events import Message, Record, Settings
@@ -124,35 +124,30 @@ class Sensor:
         lock = self._own(StartLock(settings.socket.with_name("sensor.epoch")))
         self._host = this_host(settings.host, lock.next_epoch())
         self._key = secrets.token_bytes(16)
-        self._programs = self._own(Programs.load(fitting(settings.blob)))
-        self._records = self._own(self._programs.ring("record_ring"))
-        self._connects = self._own(self._programs.ring("connect_ring"))
-        mount = procfs.cgroup_mount()
-        self._cgroups = self._own(Cgroups(mount))
-        self._opens = _exec_opens()
-        if self._opens is not None:
-            self._own(self._opens)
-        self._hasher = self._own(Hasher())
-        base = events.base(self._host.number, self._host.epoch)
-        within = settings.cgroup.resolve().relative_to(mount.resolve())
-        self._census = Census(
-            self._programs, self._cgroups, self._opens, self._hasher, self._host.name, base,
-            f"/{within}" if within.parts else "/", self._publish,
-        )  # fmt: skip
         self._batch = bytearray()
         self._batched = 0
         self._stopping = False
         self._count_at = 0.0
-        self._poll = select.epoll()
-        self._closing.callback(self._poll.close)
+        self._poll = self._own(select.epoll())
+        mount = procfs.cgroup_mount()
+        within = settings.cgroup.resolve().relative_to(mount.resolve())
+        base = events.base(self._host.number, self._host.epoch)
+        self._programs = self._own(Programs.load(fitting(settings.blob)))
         self._configure(settings, base, len(within.parts))
+        self._records = self._own(self._programs.ring("record_ring"))
+        self._connects = self._own(self._programs.ring("connect_ring"))
+        self._opens = self._own(ExecOpens()) if _has_fanotify() else None
+        self._hasher = self._own(Hasher())
         self._programs.attach(settings.cgroup)
-        hello = events.message(Message.HELLO, _hello(self._host, self._key, settings))
-        self._server = Server(
-            settings.socket, self._poll, hello, self._asked, self._programs.skip_process,
-            settings.queue_bytes,
+        self._census = Census(
+            self._programs, self._own(Cgroups(mount)), self._opens, self._hasher, self._host.name,
+            base, f"/{within}" if within.parts else "/", self._publish,
         )  # fmt: skip
-        self._closing.callback(self._server.close)
+        hello = events.message(Message.HELLO, _hello(self._host, self._key, settings))
+        self._server = self._own(
+            Server(settings.socket, self._poll, hello, self._asked, self._programs.skip_process,
+                   settings.queue_bytes)
+        )  # fmt: skip
         found = self._census.scan()
         self._watch()
         log.info(
@@ -322,13 +317,14 @@ def _hello(host: Host, key: bytes, settings: SensorSettings) -> bytes:
     return json.dumps(fields).encode()
 
 
-def _exec_opens() -> ExecOpens | None:
-    """Return the opens; None where fanotify is not there, and the sensor does with less."""
+def _has_fanotify() -> bool:
+    """Say whether fanotify is there; the sensor does with less."""
     try:
-        return ExecOpens()
+        os.close(syscalls.fanotify_init())
     except OSError as wrong:
         log.warning("no fanotify (%s): digests only of processes that still run", wrong)
-        return None
+        return False
+    return True
 
 
 def _go_first() -> None:

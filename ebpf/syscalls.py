@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import platform
 import struct
@@ -24,7 +23,7 @@ _NUMBERS: Final = {
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
 _FSCONFIG_CMD_CREATE = 6
 
-_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _PROG_LOAD = 0, 1, 2, 3, 5
+_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _PROG_LOAD = 0, 1, 2, 5
 _OBJ_GET_INFO, _LINK_CREATE = 15, 28
 _ATTRIBUTES = 152
 _VERIFIER_LOG = 1 << 20
@@ -95,12 +94,6 @@ def map_put(fd: int, key: bytes, value: bytes, flags: int = ANY) -> None:
     """Store a value; with NOEXIST, FileExistsError when the key is there."""
     k, v = _buffer(key), _buffer(value)
     _bpf(_MAP_UPDATE, struct.pack("=IIQQQ", fd, 0, _address(k), _address(v), flags))
-
-
-def map_delete(fd: int, key: bytes) -> None:
-    """Remove a key; FileNotFoundError when it is not there."""
-    k = _buffer(key)
-    _bpf(_MAP_DELETE, struct.pack("=IIQ", fd, 0, _address(k)))
 
 
 def program_load(kind: int, code: bytes, attach_type: int, name: str) -> int:
@@ -196,14 +189,3 @@ def _checked(result: int) -> int:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return result
-
-
-def locked(path: str) -> int:
-    """Open (making it, 0600) and lock a file exclusively; BlockingIOError when another has it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd

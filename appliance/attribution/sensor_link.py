@@ -12,6 +12,7 @@ across sensor restarts, the newest first, as long as the host has not booted ane
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
@@ -37,6 +38,7 @@ log = logging.getLogger("narrows.sensor-link")
 RETRY_S = 0.1
 #: How long after the start, or after a sensor went away, its (next) HELLO is still expected.
 SETTLE_S = 1.0
+GREET_S = 0.002
 KEY_BYTES = 16
 MOST_KEYS = 8
 _READ_BYTES = 1 << 16
@@ -48,7 +50,7 @@ _PEER = struct.Struct("3i")
 
 
 class Loop(Protocol):
-    """What attribution asks of an event loop; uvloop's and asyncio's offer it."""
+    """What attribution asks of an event loop; the gate's and asyncio's offer it."""
 
     def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> Any:
         """Call once after `delay` seconds; the answer has `cancel`."""
@@ -106,6 +108,14 @@ class SensorLink:
     def settling(self) -> bool:
         """Say whether no sensor is connected, but one may be at any moment."""
         return not self.connected and time.monotonic() - self._away_since < SETTLE_S
+
+    async def greet(self, longest_s: float = SETTLE_S) -> None:
+        """Wait for the HELLO of a sensor that is there; without one return at once."""
+        until = time.monotonic() + longest_s
+        while self._sock is not None and not self.connected:
+            if time.monotonic() > until:
+                return
+            await asyncio.sleep(GREET_S)
 
     def ask(self, handle: int) -> None:
         """Ask what a handle means; OWNER or UNKNOWN answers. Nothing happens without a sensor."""

@@ -8,16 +8,19 @@ docs/cli.md.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING
 
-from appliance.cli.outcome import USAGE, Refusal
+from appliance.cli.outcome import BROKEN_PIPE, FAILED, Refusal
 from appliance.config import EXIT_CONFIG, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 COMMANDS = {
     "serve": "run one of the appliance's processes",
     "sensor": "run the sensor of this host",
@@ -25,6 +28,7 @@ COMMANDS = {
     "evidence": "verify the evidence, or rebuild its index",
     "live": "show the sessions that run now",
     "kill": "end a running session",
+    "token": "make, list or revoke tokens of the review API",
     "redirect": "plan, apply or undo the redirect",
     "doctor": "say what this machine lacks",
     "ca": "print the certificate of the gate's authority",
@@ -42,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as ended:
         return int(ended.code or 0)
     try:
-        return int(words.run(words))
+        code = int(words.run(words))
+        sys.stdout.flush()  # here, where it can still be said that it failed
     except ConfigError as wrong:
         print(f"narrows: {wrong}", file=sys.stderr)
         return EXIT_CONFIG
@@ -50,10 +55,24 @@ def main(argv: Sequence[str]) -> int:
         print(f"narrows: {refused}", file=sys.stderr)
         return refused.code
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone: nothing more to say
-        return USAGE
+        _drop_output()  # its reader is gone: nothing more to say
+        return BROKEN_PIPE
+    except OSError as wrong:
+        if wrong.errno not in _DISK_FULL:
+            raise
+        _drop_output()
+        print(f"narrows: the output cannot be written: {wrong.strerror}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return 130
+    return code
+
+
+def _drop_output() -> None:
+    """Keep Python from writing what is left in its buffer once more when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:

@@ -13,16 +13,13 @@ from appliance.cli.printable import printable
 from appliance.cli.reading import Evidence, evidence
 from capture import index_query, plainjson, records
 from capture.errors import EvidenceError
-from capture.frames import session_name
 from capture.index_fill import rebuild
-from capture.moment import rfc3339
+from capture.session_json import event_object
 from capture.verify import verify
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator
-
-    from capture.index import Index
+    from collections.abc import Callable
 
 #: What `log` shows: records that are not about one session's content.
 LOGGED = (
@@ -114,7 +111,7 @@ def _log(opened: Evidence, words: argparse.Namespace) -> int:
     opened.record("list")
     kinds = [_NAMES[words.kind]] if words.kind else [records.KINDS[kind] for kind in LOGGED]
     with opened.index() as index:
-        for entry in _entries(index, kinds):
+        for entry in map(event_object, index_query.events(index, *kinds)):
             if words.kind is None and _is_read(entry["fields"]):
                 continue  # its Access record tells it
             if words.json:
@@ -124,16 +121,6 @@ def _log(opened: Evidence, words: argparse.Namespace) -> int:
                 session = entry["session"] or "-"
                 print(f"{entry['time']}  {entry['kind']:10} {session:13}  {told}")
     return OK
-
-
-def _entries(index: Index, kinds: list[int]) -> Iterator[dict[str, Any]]:
-    for event in index_query.events(index, *kinds):
-        yield {
-            "time": rfc3339(event.time_ns),
-            "kind": records.TYPES[event.kind].__name__.lower(),
-            "session": session_name(event.session) if event.session else None,
-            "fields": event.fields,
-        }
 
 
 def _is_read(fields: dict[str, Any]) -> bool:

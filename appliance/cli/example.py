@@ -45,6 +45,12 @@ prefixes = ["10.30.0.0/16"]            # where the SYN option is written
 covers = ["10.20.0.0/16"]              # client addresses that the sensor answers for
 # host = ""                            # "": the host name
 
+[review]
+# address = "127.0.0.1"                # where the review API listens, HTTPS only
+# port = 8443
+# certificate = ""                     # PEM; "": review.crt in the state directory, self-signed
+# key = ""                             # PEM, mode 0600; both or none
+
 [tls]
 # ca = ""                              # the gate's own authority; made in paths.state when empty
 # ca_key = ""                          # its key, mode 0600

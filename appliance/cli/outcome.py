@@ -11,6 +11,7 @@ USAGE = 2  #: the words make no sense, or name something unknown; for `verify`: 
 NOT_FOUND = 3  #: no such session, segment or lab
 REFUSED = 4  #: reading was refused, because it could not be recorded
 UNAVAILABLE = 69  #: a process, privilege or file that is needed is not there
+BROKEN_PIPE = 141  #: the reader of the output is gone, as a shell says of SIGPIPE
 
 
 class Refusal(Exception):

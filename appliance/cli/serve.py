@@ -1,29 +1,41 @@
-"""`narrows serve gate|seal`: one process of the appliance, until SIGTERM."""
+"""`narrows serve gate|seal|review`: one process of the appliance, until SIGTERM."""
 
 from __future__ import annotations
 
+import argparse
 import logging
-from typing import TYPE_CHECKING
 
 from appliance.cli import settings
-
-if TYPE_CHECKING:
-    import argparse
+from appliance.cli.outcome import UNAVAILABLE, Refusal
+from appliance.cli.printable import printable
+from appliance.live import AlreadyRuns
+from capture.errors import EvidenceError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's words."""
     settings.add_config(parser)
-    parser.add_argument("process", choices=["gate", "seal"])
-    parser.add_argument("--worker", type=int, default=0, help="number of the gate worker")
+    parser.add_argument("process", choices=["gate", "seal", "review"])
+    parser.add_argument("--worker", type=_number, default=0, help="number of the gate worker")
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or len(text) > 3:
+        raise argparse.ArgumentTypeError(f"{printable(text)} is no number of a worker")
+    return int(text)
 
 
 def run(words: argparse.Namespace) -> int:
-    """Run the process in the foreground."""
+    """Run the process in the foreground; Refusal when it cannot be it."""
     from appliance import daemon
 
     logging.basicConfig(level=logging.INFO, format=f"{words.process} %(levelname)s %(message)s")
     config = settings.chosen(words)
-    if words.process == "gate":
-        return daemon.gate(config, words.worker)
-    return daemon.seal(config)
+    try:
+        if words.process == "gate":
+            return daemon.gate(config, words.worker)
+        return daemon.seal(config) if words.process == "seal" else daemon.review(config)
+    except PermissionError as wrong:
+        raise Refusal(str(wrong), "it needs root", code=UNAVAILABLE) from wrong
+    except (AlreadyRuns, EvidenceError) as wrong:
+        raise Refusal(f"the {words.process} ends: {wrong}", code=UNAVAILABLE) from wrong

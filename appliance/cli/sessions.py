@@ -18,14 +18,13 @@ from appliance.cli.conversation import Conversation, header
 from appliance.cli.outcome import FAILED, OK, USAGE, Refusal
 from appliance.cli.printable import printable
 from appliance.cli.reading import Evidence, evidence, tell_damage
-from appliance.cli.session_json import session_object
 from capture import index_query, plainjson
-from capture.exchange import exchanges
 from capture.export import ocsf, raw
 from capture.index_query import Filter, State
 from capture.index_search import NoWords, expressions
 from capture.moment import nanoseconds, rfc3339
 from capture.records import KINDS, Refused
+from capture.session_json import SECTIONS, operation_objects, record_objects, session_object
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -161,7 +160,7 @@ def _list(opened: Evidence, words: argparse.Namespace) -> int:
     return OK
 
 
-def _print_array(objects: Iterable[dict[str, Any]]) -> None:
+def _print_array(objects: Iterable[Any]) -> None:
     """Print a JSON array, one object a line."""
     separator = "["
     for item in objects:
@@ -210,38 +209,16 @@ def _show(opened: Evidence, words: argparse.Namespace) -> int:
     return FAILED if damaged else OK
 
 
-_SECTIONS = {
-    "facts": "Fact", "gaps": "Gap", "alarms": "Alarm", "hidden": "Hidden", "withheld": "Withheld",
-    "decisions": "Decision",
-}  # fmt: skip
-
-
 def _print_object(reader: Reader, session: Session) -> None:
     """Print one object; each list is a pass over the session, so that none is held in memory."""
-    head = session_object(session)
+    head: dict[str, Any] = {**session_object(session)}
     del head["operations"]  # the number; here the operations themselves have that name
     sys.stdout.write(plainjson.dumps(head)[:-1] + ',\n"operations":')
-    _print_array(_operations(reader, session.number))
-    for section, kind in _SECTIONS.items():
+    _print_array(operation_objects(reader.records(session.number)))
+    for section, kind in SECTIONS.items():
         sys.stdout.write(f',"{section}":')
-        _print_array(_records(reader, session.number, kind))
+        _print_array(record_objects(reader.records(session.number), kind))
     print("}")
-
-
-def _operations(reader: Reader, session: int) -> Iterator[dict[str, Any]]:
-    for time_ns, operation, result in exchanges(reader.records(session)):
-        answer = None if result is None else _told(result, "op")
-        yield {**_told(operation), "result": answer, "time": rfc3339(time_ns)}
-
-
-def _records(reader: Reader, session: int, kind: str) -> Iterator[dict[str, Any]]:
-    for time_ns, fields in reader.records(session):
-        if fields["record"] == kind:
-            yield {**_told(fields), "time": rfc3339(time_ns)}
-
-
-def _told(fields: dict[str, Any], *without: str) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name not in ("record", *without)}
 
 
 # -- export

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from appliance.lab import cgroups, state
-from appliance.lab.topology import Topology
+from appliance.lab.topology import MANAGEMENT_GATE, Topology
 
 if TYPE_CHECKING:
     from appliance.config import Config
@@ -47,6 +47,11 @@ class Place:
         return self.cgroup / "clients"
 
     @property
+    def token(self) -> Path:
+        """Return the path of a token of the lab's review API, role admin, mode 0600."""
+        return self.folder / "api.token"
+
+    @property
     def config(self) -> Path:
         """Return the path of the configuration in use."""
         return self.folder / "narrows.toml"
@@ -66,6 +71,7 @@ class Place:
             "@MEMORY@": str(self.memory),
             "@BLOB@": str(BLOB),
             "@CGROUP@": self.prefix,
+            "@REVIEW@": MANAGEMENT_GATE if self.management else "127.0.0.1",
         }
         default = DEFAULT.read_text(encoding="utf-8")
         for word, value in words.items():

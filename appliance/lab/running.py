@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from appliance.config import load
 from appliance.lab import cgroups, state, topology
 from appliance.lab.place import UNASSIGNED, Place
 from appliance.proxy import redirect
+from appliance.web import certificate, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,10 +100,22 @@ class Lab:
             self._supervisor = None
 
     def status(self) -> dict[str, Any]:
-        """Return {up, namespaces, processes: [{role, pid}]}."""
+        """Return {up, namespaces, processes: [{role, pid}], api}."""
         is_up = self.place.topology.exists()
         names = self.place.topology.namespaces if is_up else []
-        return {"up": is_up, "namespaces": names, "processes": self.processes()}
+        api = self.api() if is_up else None
+        return {"up": is_up, "namespaces": names, "processes": self.processes(), "api": api}
+
+    def api(self) -> dict[str, str] | None:
+        """Return {url, token, ca_file} of the review API, or None without one."""
+        try:
+            token = self.place.token.read_text(encoding="ascii").strip()
+        except OSError:
+            return None
+        config = self.config
+        ca_file, _ = certificate.files(config)
+        url = f"https://{config.review.address}:{config.review.port}"
+        return {"url": url, "token": token, "ca_file": str(ca_file)}
 
     def processes(self) -> list[dict[str, Any]]:
         """Return the processes that live, with their roles."""
@@ -149,6 +163,7 @@ class Lab:
             cgroups.make(self.place.account_cgroup(config, account.name))
 
     def _start(self, config: Config) -> None:
+        self._let_in(config)
         self.apply_redirect()  # first: from here on nothing passes without the gate
         gate = self.place.topology.namespace("gate")
         argv = [sys.executable, "-m", "appliance.lab.supervisor", str(self.place.folder), gate]
@@ -167,6 +182,14 @@ class Lab:
         self._note(process.pid)
         self._wait_ready(config, process)
 
+    def _let_in(self, config: Config) -> None:
+        """Make a token of the review API, for the demo and for whoever asks for the status."""
+        text, token = tokens.make(tokens.Role.ADMIN, "lab")
+        config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tokens.Tokens(config.paths.state).add(token)
+        self.place.token.touch(mode=0o600)
+        self.place.token.write_text(text + "\n", encoding="ascii")
+
     def _wait_ready(self, config: Config, process: subprocess.Popen[Any]) -> None:
         until = time.monotonic() + READY_S
         workers = config.gate.workers or os.cpu_count() or 1
@@ -180,7 +203,19 @@ class Lab:
         for path in live.workers(config.paths.run):
             with contextlib.suppress(OSError, ValueError):
                 answers.append(live.ask(path, {"do": "stats"}))
-        return len(answers) == workers and all(answer.get("sensor") for answer in answers)
+        gate = len(answers) == workers and all(answer.get("sensor") for answer in answers)
+        return gate and self._reviewed(config)
+
+    def _reviewed(self, config: Config) -> bool:
+        """Say whether the review API listens."""
+
+        def connect() -> bool:
+            family = socket.AF_INET6 if ":" in config.review.address else socket.AF_INET
+            with socket.socket(family) as sock:
+                return sock.connect_ex((config.review.address, config.review.port)) == 0
+
+        answer: bool = topology.run(self.place.topology.namespace("gate"), connect)
+        return answer
 
     def logs(self, most_bytes: int = 2000) -> str:
         """Return the ends of the processes' logs."""

@@ -49,6 +49,7 @@ class Supervisor:
         self._tasks = [
             Task("sensor", [*narrows, "sensor", *where], folder / "sensor.log"),
             Task("seal", [*narrows, "serve", "seal", *where], folder / "seal.log"),
+            Task("review", [*narrows, "serve", "review", *where], folder / "review.log"),
         ]
         for number in range(workers):
             argv = [*narrows, "serve", "gate", "--worker", str(number), *where]
@@ -63,7 +64,7 @@ class Supervisor:
             if self._look():
                 self._write()
             time.sleep(POLL_S)
-        for role in ("gate", "seal", "sensor"):
+        for role in ("gate", "review", "seal", "sensor"):
             self._end(role)
         self._write()
 

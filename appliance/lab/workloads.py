@@ -102,7 +102,7 @@ def workloads(scripts: Path, python: str) -> list[Workload]:
     bench = ("pgbench", "-n", "-c", "4", "-j", "2", "-t", "25", "-M", "prepared")
     return [
         Workload("ci-deployer", (*psql, "-f", str(scripts / "deploy.sql")), ci),
-        Workload("ci-deployer", ("curl", "-sS", f"http://{SERVER}/"), {}, "opaque"),
+        Workload("ci-deployer", ("curl", "-sS", f"http://{SERVER}/"), {}, "http1"),
         Workload("backup-job", (*psql, "-o", "/dev/null", "-c", "COPY orders TO STDOUT"), backup),
         Workload("backup-job", (python, str(scripts / "raw.py"), SERVER), {}, "opaque"),
         Workload("report-job", (*bench, "-f", str(scripts / "report.sql"), DATABASE), report),

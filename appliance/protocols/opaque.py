@@ -68,6 +68,7 @@ class OpaqueProtocol:
     name = "opaque"
     ports: frozenset[int] = frozenset()
     speaks_first = CLIENT
+    waits = False
 
     def probe(self, prefix: bytes) -> Answer:
         """Never claim a session: the driver falls back to this layer."""

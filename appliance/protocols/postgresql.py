@@ -181,6 +181,7 @@ class PostgreSQLProtocol:
     name = "postgresql"
     ports = frozenset({5432, 6432})
     speaks_first = CLIENT
+    waits = True
 
     def __init__(self) -> None:
         self._analyser = Analyser()

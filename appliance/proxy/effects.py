@@ -45,6 +45,7 @@ def facts(session: Session) -> Facts:
     route, in_tls = session.route, session.up.stream is not None
     return Facts(
         session.number, session.client, session.target, session.worker.keys.digest,
+        session.worker.config.http,
         opens_tls=route.tls == "intercept" and not in_tls, in_tls=in_tls,
         plain_upstream=route.tls_upstream == "plain",
         same_certificate=bool(route.tls_certificate),
@@ -180,7 +181,8 @@ def tell_end(session: Session, direction: Direction, *, reset: bool) -> None:
     if session.prefix is not None or session.closed or session.layer is session.worker.opaque:
         return
     try:
-        effects = session.layer.handle(Eof(direction.side, reset=reset))
+        event = Eof(direction.side, reset, direction.received)
+        effects = session.layer.handle(event)
         if effects:
             run(session, effects, session.worker.now())
     except ProtocolError as wrong:

@@ -22,16 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 from appliance.protocols import discover
 from appliance.proxy import effects
-from appliance.proxy.detect import detect
+from appliance.proxy.detect import TLS, detect, expected, passed
 from appliance.proxy.direction import Direction
 from appliance.proxy.loop import DEAD, ENDED, WRITE
+from appliance.proxy.standing import closed
 from appliance.proxy.tls.handshake import Handshake, begin, broken_later
 from appliance.proxy.upstream import why
 from appliance.sansio import CLIENT, FOREVER, UPSTREAM, Layer, Side
 from appliance.wire.clienthello import may_begin
 from capture.errors import EvidenceError
 from capture.frames import Kind, session_name
-from capture.records import Detected, SessionClose
+from capture.records import KINDS, Attributed, Detected, SessionClose
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from appliance.proxy.loop import Timer
     from appliance.proxy.outage import Outage
     from appliance.proxy.worker import Worker
-    from capture.records import Alarm, Attributed, Record
+    from capture.records import Alarm, Record
 
 log = logging.getLogger("narrows.session")
 
@@ -48,7 +49,8 @@ LINGER_S = 5.0
 #: Above this much of the gate's own answers waiting, the side that causes them is not read.
 MOST_OWN_BYTES = 64 * 1024
 _FORGED = frozenset({"forged", "replayed"})
-DETECT, _LINGER = "gate: detect", "gate: linger"
+_DETECT, _LINGER = "gate: detect", "gate: linger"
+_ATTRIBUTED, _DETECTED, _CLOSE = KINDS[Attributed], KINDS[Detected], KINDS[SessionClose]
 _UP, _UP_OWN, _DOWN, _DOWN_OWN = map(int, (Kind.UP, Kind.UP_OWN, Kind.DOWN, Kind.DOWN_OWN))
 
 
@@ -98,7 +100,7 @@ class Session:
         """Who it is became known: record it, and start, or end what is closed already."""
         worker = self.worker
         now = worker.now()
-        worker.record_surely(self.number, found, now)
+        worker.lay(_ATTRIBUTED, self.number, worker.standing.attributed(found), now)
         for alarm in alarms:
             worker.record(self.number, alarm, now)
         self.account = found.account
@@ -217,8 +219,8 @@ class Session:
         self.prefix = self.prefix + data if self.prefix else data
         if self.route.tls == "intercept" and not self.up.stream and may_begin(self.prefix):
             begin(self, self.prefix, due=False)
-            return
-        self.detect()
+        else:
+            self.detect()
 
     def detect(self) -> None:
         """Ask which protocol `prefix` belongs to. Raises EvidenceError."""
@@ -226,11 +228,12 @@ class Session:
         protocol, reason = detect(self.prefix, self.target[1])
         if protocol is not None:
             self._choose(protocol.name, reason)
-        elif self.timers is None or DETECT not in self.timers:
-            self.set_timer(DETECT, self.worker.config.gate.detect_ms / 1000, self._undecided)
+        elif self.timers is None or _DETECT not in self.timers:
+            self.set_timer(_DETECT, self.worker.config.gate.detect_ms / 1000, self._undecided)
 
     def _undecided(self) -> None:
-        if self.prefix is not None and not self.closed:
+        prefix = self.prefix
+        if prefix is not None and not self.closed and not expected(prefix, self.target[1]):
             try:
                 self._choose("opaque", "undecided")
             except EvidenceError:
@@ -239,9 +242,12 @@ class Session:
     def _choose(self, name: str, reason: str) -> None:
         """Make a layer, and give it what was held back. Raises EvidenceError."""
         prefix, self.prefix = self.prefix, None
-        self.drop_timer(DETECT)
+        self.drop_timer(_DETECT)
         self.protocol = name
-        self.record(Detected(name, reason))
+        worker = self.worker
+        worker.lay(_DETECTED, self.number, worker.standing.detected(name, reason), worker.now())
+        if prefix and reason == TLS:
+            self.record(passed(prefix))
         if name == "opaque":
             self.layer = self.worker.opaque
             self.up.relay = self.down.relay = FOREVER
@@ -328,8 +334,7 @@ class Session:
         if self.handshake is not None:
             self.handshake.ended(direction.side.value)
             return
-        if failed == errno.EPROTO and direction.stream is not None:
-            broken_later(self, direction)
+        broken_later(self, direction, failed)
         try:
             effects.tell_end(self, direction, reset=True)
         except EvidenceError:
@@ -393,11 +398,11 @@ class Session:
         assert self.ending is not None
         reason, by = self.ending
         reference = session_name(self.number) if by == "gate" else ""
-        end = SessionClose(
+        end = closed(
             reason, by, self.up.received, self.down.received, self.operations, self.started,
             reference,
         )  # fmt: skip
-        self.worker.record_surely(self.number, end, self.worker.now())
+        self.worker.lay(_CLOSE, self.number, end, self.worker.now())
         self.worker.forget(self)
 
     def record(self, record: Record) -> None:

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 from appliance.wire.tlsrecords import CLIENT_HELLO, Fields, Handshakes, NotTls
+from capture.records import Tls
 
 MOST_HELLO_BYTES = 16 * 1024  #: records included; post-quantum key shares take about 2 KiB
 _SERVER_NAME, _SIGNATURE_ALGORITHMS, _ALPN, _SUPPORTED_VERSIONS = 0, 13, 16, 43
@@ -83,6 +84,12 @@ def parse(prefix: bytes) -> ClientHello | None:
     if len(prefix) >= MOST_HELLO_BYTES:
         raise NotTls("the ClientHello is too long")
     return None
+
+
+def offer(hello: ClientHello, mode: str) -> Tls:
+    """Return the record of what a client offers."""
+    alpn = tuple(name.decode("utf-8", "backslashreplace") for name in hello.alpn)
+    return Tls("hello", mode, hello.sni, alpn, hello.version_names, hello.ja4)
 
 
 def may_begin(prefix: bytes) -> bool:

@@ -88,8 +88,14 @@ class _Check:
             for generation in generations:
                 self._segment(generation, self._history.segments[generation])
             if self._content is not None:
-                self._content.end()
+                self._content.end(to_the_end=self._reaches_end(generations))
         self._unsealed()
+
+    def _reaches_end(self, generations: list[int]) -> bool:
+        """Say whether these are an incarnation's segments up to its last one."""
+        return bool(generations) and any(
+            stream and max(stream) == generations[-1] for stream in self._history.streams.values()
+        )
 
     def _unsigned(self) -> None:
         """There is no checkpoint: say whether there ever was one."""
@@ -135,7 +141,9 @@ class _Check:
             return []
         incarnation = session_number(self._what) >> 40
         generations = self._history.streams.get(incarnation, [])
-        last = wanted[-1] if len(wanted) > 1 else generations[-1]
+        closed = len(wanted) > 1 and self._what not in self._history.cut
+        # A cut session's leaf names the segment of whoever recovered it; its own end with it.
+        last = wanted[-1] if closed else generations[-1]
         return [[g for g in generations if wanted[0] <= g <= last]]
 
     def _segment(self, generation: int, sealed: Sealed) -> None:

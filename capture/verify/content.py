@@ -174,9 +174,12 @@ class Content:
         self._sessions.clear()
         self._whole = False
 
-    def end(self) -> None:
-        """The last segment of an incarnation was given: compare the sessions that were cut."""
-        for number, session in self._sessions.items():
+    def end(self, *, to_the_end: bool) -> None:
+        """No more segments of an incarnation come: compare the sessions that were cut.
+
+        Not so when the later ones were left out: what is open then is only not at its end.
+        """
+        for number, session in self._sessions.items() if to_the_end else ():
             name = _name(number)
             index = self._history.cut.get(name)
             if index is not None and (self._whole or session.opened):

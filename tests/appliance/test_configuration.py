@@ -72,3 +72,18 @@ def test_every_range_is_documented():
         section = page.split(f"## [{table}]", 1)[1].split("\n## ", 1)[0]
         [row] = re.findall(rf"^\| `{name}` .*$", section, re.MULTILINE)
         assert f"{low} to {high}" in row, key
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('address = "gate.example"', "review.address"),
+        ('address = ""', "review.address"),
+        ('certificate = "a.pem"\nkey = "/a.key"', "review.certificate"),
+        ('certificate = "/a.pem"\nkey = "a.key"', "review.key"),
+        ('certificate = "/a.pem"', "review.key"),
+        ('key = "/a.key"', "review.key"),
+    ],
+)
+def test_an_address_or_certificate_that_cannot_be_used_is_refused(tmp_path, line, key):
+    assert wrong(tmp_path, f"[review]\n{line}\n").key == key

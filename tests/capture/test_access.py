@@ -84,6 +84,8 @@ def test_who_reads_is_told_by_uid_login_uid_and_sudo(tmp_path, monkeypatch):
     monkeypatch.delenv("SUDO_USER")
     assert actor(login) == "uid:0(root)"
     assert actor(tmp_path / "none") == "uid:0(root)"
+    monkeypatch.setenv("SUDO_USER", "\udcff")
+    assert actor(login) == "uid:0(root) sudo:(\\xff)", "any bytes are recordable"
 
 
 def _full_disk(path, answers):

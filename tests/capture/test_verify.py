@@ -150,7 +150,8 @@ def test_a_session_that_was_cut_can_be_checked_alone(place):
     place.sealed()
     cut = [json.loads(leaf) for leaf in place.leaves()]
     cut = [leaf for leaf in cut if leaf["type"] == "session_close" and leaf["reason"] == "cut"]
-    assert place.verify(cut[0]["session"]).ok
+    report = place.verify(cut[0]["session"])
+    assert report.ok, report.findings
 
 
 def test_a_session_or_segment_that_the_log_does_not_know_is_incomplete(place):

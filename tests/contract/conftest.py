@@ -1,7 +1,9 @@
 import pytest
 from messages import messages
+from webresponses import responses
 
 from appliance.sansio import CLIENT, UPSTREAM
+from capture.records import Operation
 
 REFERENCE = b"reference 0123456789abc"
 
@@ -36,7 +38,24 @@ def _postgresql(replay, pieces):
     assert REFERENCE in fields[b"M"]
 
 
+def _http1(replay, _pieces):
+    """The answer of the gate, if there is one, is the last thing that the client gets, and whole.
+
+    It may not stand inside another answer: only where all that was answered is whole.
+    """
+    own = bytes(replay.own[CLIENT])
+    if not own:
+        return
+    asked = [record.verb for record in replay.of(Operation)]
+    found = list(responses(bytes(replay.relayed[UPSTREAM]) + own, asked))
+    assert all(response.whole for response in found)
+    assert found[-1].status == 503
+    assert found[-1].head.endswith(b"Connection: close\r\n\r\n")
+    if asked[len([one for one in found if one.status >= 200]) - 1] != "HEAD":
+        assert REFERENCE in found[-1].body
+
+
 @pytest.fixture(scope="session")
 def native():
     """Return how a refusal is checked, by protocol; a protocol without a check fails."""
-    return {"opaque": _opaque, "postgresql": _postgresql}
+    return {"opaque": _opaque, "http1": _http1, "postgresql": _postgresql}

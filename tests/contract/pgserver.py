@@ -36,8 +36,10 @@ def _reachable(programs):
     copy = Path(tempfile.mkdtemp(prefix="pg18-programs-", dir="/var/tmp"))
     copy.chmod(0o755)
     atexit.register(shutil.rmtree, copy, ignore_errors=True)
-    shutil.copytree(programs, copy / "pginstall", symlinks=True)
-    return copy / "pginstall"
+    wheel = programs.parent
+    for folder in (wheel, wheel.with_name(wheel.name + ".libs")):  # found relative to each other
+        shutil.copytree(folder, copy / folder.name, symlinks=True)
+    return copy / wheel.name / programs.name
 
 
 def free_port():

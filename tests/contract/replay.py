@@ -75,7 +75,7 @@ class Replay:
 
     def _give(self, side, data):
         if data is None:
-            self._run(self._handle(Eof(side, reset=False)))
+            self._run(self._handle(Eof(side, reset=False, offset=self.received[side])))
             return
         while data:
             if self.relay[side]:

@@ -1,8 +1,10 @@
 """Owner records of real processes, by the real programs in the kernel."""
 
+import ctypes
 import hashlib
 import os
 import shutil
+import struct
 import sys
 import textwrap
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 from watching import compiled
 
 from appliance.lab import cgroups
+from ebpf import events, syscalls
 from ebpf.events import Handle
 from ebpf.owners import Owner, Owners
 
@@ -339,6 +342,13 @@ ctypes.CDLL(None).pthread_exit(None)
     assert owner["parents"][0] == {"pid": process.pid, "exe": os.path.realpath(sys.executable)}
 
 
+def forget(watched, pid):
+    """Delete a process from the kernel's map."""
+    key = ctypes.c_uint32(pid)
+    processes = watched.sensor._programs.maps["processes"]
+    syscalls._bpf(3, struct.pack("=IIQ", processes, 0, ctypes.addressof(key)))
+
+
 def test_a_process_number_that_is_used_again_inherits_nothing(watched, tmp_path):
     """Forget the process: what it forks has no handle either, and is known by /proc."""
     listener = watched.listen()
@@ -348,11 +358,7 @@ def test_a_process_number_that_is_used_again_inherits_nothing(watched, tmp_path)
     )
     process = watched.python(code, str(listener.getsockname()[1]), stdin=-1, text=True)
     watched.until(lambda: named(gate, pid=process.pid))
-    from ebpf import syscalls
-
-    syscalls.map_delete(
-        watched.sensor._programs.maps["processes"], process.pid.to_bytes(4, "little")
-    )
+    forget(watched, process.pid)
     process.stdin.write("go\n")
     process.stdin.close()
     (event,) = watched.until(gate.connects)
@@ -387,8 +393,6 @@ def test_an_owner_that_was_forgotten_is_made_again_from_the_kernels_record(watch
 
 
 def test_a_handle_that_nobody_had_is_unknown(watched):
-    from ebpf import events
-
     gate = watched.gate()
     gate.ask(12345)
     (body,) = watched.until(lambda: gate.bodies(events.Message.UNKNOWN))

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from watching import BLOB, HERE, HERE6, PREFIXES, ip_network
+from watching import BLOB, HERE, HERE6, PREFIXES, Gate, ip_network
 
 from appliance.attribution import synopt
 from appliance.lab import topology
@@ -345,6 +345,26 @@ def test_nothing_stays_attached_however_a_sensor_ends(idle, number):
         connect(idle, HERE, listener.port)
         assert synopt.find(listener.accepted()[1]) is None
     assert sock.exists() == (number == signal.SIGKILL)
+
+
+def test_without_fanotify_it_does_with_less(idle):
+    """As root without CAP_SYS_ADMIN: programs are hashed while they run."""
+    sock = idle.folder / "run" / "sensor.sock"
+    argv = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", sys.executable]
+    process = subprocess.Popen(
+        [*argv, "-c", PROGRAM, idle.cgroup, sock, BLOB], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        idle.until(lambda: sock.exists() or process.poll() is not None)
+        gate = Gate(sock, None)
+        idle.spawn([sys.executable, "-c", "import time; time.sleep(0.5)"]).wait()
+        owner = idle.until(lambda: [o for o in gate.owners() if o["exe_sha256"]])[-1]
+        gate.close()
+    finally:
+        process.terminate()
+        _, said = process.communicate()
+    assert owner["how"] == "proc"
+    assert "no fanotify" in said
 
 
 def test_a_sensor_waits_without_looking(watched):

@@ -31,6 +31,6 @@ def test_the_demo_proves_the_main_job_and_leaves_nothing_behind():
         assert session["bytes_up"] > 0
         assert session["bytes_down"] > 0
     protocols = {session["protocol"] for session in story["sessions"]}
-    assert protocols == {"postgresql", "opaque"}
+    assert protocols == {"postgresql", "http1", "opaque"}
     for path in ("/run/narrows-lab", "/var/lib/narrows-lab", "/run/netns/narrows-gate"):
         assert not Path(path).exists()

@@ -27,7 +27,7 @@ def test_a_lab_that_is_up_says_who_runs(stage):
     assert status["namespaces"] == stage.place.topology.namespaces
     roles = sorted(process["role"] for process in status["processes"])
     workers = ["gate"] * (os.cpu_count() or 1)
-    assert roles == sorted([*workers, "seal", "sensor", "supervisor"])
+    assert roles == sorted([*workers, "review", "seal", "sensor", "supervisor"])
 
 
 @pytest.mark.parametrize("address", [SERVER4, SERVER6])
@@ -86,7 +86,7 @@ def test_an_unknown_account_is_a_key_error_that_names_it(stage):
 
 def test_processes_that_die_are_started_again(make_stage):
     stage = make_stage()
-    for role in ("gate", "seal", "sensor"):
+    for role in ("gate", "seal", "sensor", "review"):
         before = stage.pids(role)
         os.kill(before[0], signal.SIGKILL)
         wait_for(lambda role=role, before=before: len(stage.pids(role)) == len(before)
@@ -149,6 +149,11 @@ def test_the_command_line_runs_the_lab(the_lab, tmp_path):
     status = json.loads(the_lab("status", "--json").stdout)
     assert status["up"]
     assert status["namespaces"] == ["narrows-client", "narrows-gate", "narrows-server"]
+    api = status["api"]
+    assert api["url"] == "https://203.0.113.1:8443"
+    words = ["-H", f"Authorization: Bearer {api['token']}", f"{api['url']}/api/v1/sessions"]
+    argv = ["curl", "-sS", "--fail", "--cacert", api["ca_file"], *words]
+    assert json.loads(subprocess.check_output(argv, text=True)) == {"items": [], "next": None}
     unknown = the_lab("exec", "--as", "nobody", "--", "true")
     assert unknown.returncode == 2
     assert "ci-deployer, backup-job, report-job" in unknown.stderr
@@ -162,5 +167,5 @@ def test_the_command_line_runs_the_lab(the_lab, tmp_path):
     assert "did you mean 'workers'" in refused.stderr
     assert the_lab("down").returncode == 0
     assert json.loads(the_lab("status", "--json").stdout) == {
-        "up": False, "namespaces": [], "processes": [],
+        "up": False, "namespaces": [], "processes": [], "api": None,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ from redirect_hosts import CLIENTS, EVERYTHING, MIXED, OTHER, Hosts, Listener, S
 
 from appliance.lab.topology import SERVER4
 from appliance.proxy import redirect
-from appliance.proxy.redirect import nft, rules
+from appliance.proxy.redirect import nft, routing, rules
 
 pytestmark = pytest.mark.system
 
@@ -194,7 +195,9 @@ def test_thousands_of_networks_and_hundreds_of_routes_are_applied_at_once(bare):
 
 
 def test_a_kernel_that_refuses_is_a_redirect_error_that_says_what(bare):
-    text = f'[redirect]\n{CLIENTS}[[route]]\nname = "{"x" * 300}"\non_failure = "bypass"\n'
-    with pytest.raises(redirect.RedirectError, match="write table inet narrows"):
-        bare.apply(text)
-    assert "server" not in bare.outcomes()
+    backwards = routing.PolicyRule(socket.AF_INET, routing.PASS, 2, target=routing.LOCAL)
+    step = redirect.Step(
+        "add a rule that goes back", (), lambda: routing.make(routing.Changes(add=(backwards,)))
+    )
+    with pytest.raises(redirect.RedirectError, match="refused to add a rule that goes back"):
+        bare.gate(redirect._carry_out, lambda: [step])

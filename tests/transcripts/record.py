@@ -325,10 +325,6 @@ SCENARIOS = {
 }
 
 
-def http(port):
-    subprocess.run(["curl", "-s", f"http://127.0.0.1:{port}/"], capture_output=True, check=True)
-
-
 def redis(port):
     argv = ["redis-cli", "-p", str(port), "INCR", "counter"]
     subprocess.run(argv, capture_output=True, check=True)
@@ -350,11 +346,6 @@ def tls_server(folder, port):
     certificate(folder)
     return ["openssl", "s_server", "-quiet", "-accept", f"127.0.0.1:{port}", "-alpn", "postgresql",
             "-key", folder / "key", "-cert", folder / "cert"]  # fmt: skip
-
-
-def http_server(folder, port):
-    (folder / "index.html").write_text("hello\n", encoding="ascii")
-    return [sys.executable, "-m", "http.server", "-b", "127.0.0.1", "-d", folder, str(port)]
 
 
 def redis_server(folder, port):
@@ -381,7 +372,6 @@ def ssh_server(folder, port):
 
 #: protocols that no file knows yet: (client, server)
 OTHERS = {
-    "http": (http, http_server),
     "redis": (redis, redis_server),
     "ssh": (ssh, ssh_server),
     "tls-direct": (tls_direct, tls_server),

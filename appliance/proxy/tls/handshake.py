@@ -13,6 +13,7 @@ What fails ends the session: the client gets a TLS alert, and a Tls record says 
 from __future__ import annotations
 
 import contextlib
+import errno
 import ssl
 from dataclasses import replace
 from enum import Enum
@@ -114,9 +115,7 @@ class Handshake:
             return False
         if hello is None:
             return False
-        self._told = Tls(
-            "hello", "intercept", hello.sni, _texts(hello.alpn), hello.version_names, hello.ja4
-        )
+        self._told = clienthello.offer(hello, "intercept")
         self.session.record(self._told)
         try:
             self._begin(hello)
@@ -300,14 +299,10 @@ def begin(session: Session, first: bytes, *, due: bool) -> None:
     session.interest()
 
 
-def broken_later(session: Session, direction: Direction) -> None:
+def broken_later(session: Session, direction: Direction, failed: int) -> None:
     """Record that an established leg broke: by a bad record, or an alert of its peer. A TLS 1.3
-    server that demands a client certificate says so only now.
+    server that demands a client certificate says so only now. `failed` is the errno.
     """
-    stream = direction.stream
-    why = stream.failure if stream is not None else ""
-    session.record(Tls("failed", "intercept", by=direction.side.value, why=why))
-
-
-def _texts(names: tuple[bytes, ...]) -> tuple[str, ...]:
-    return tuple(name.decode("utf-8", "backslashreplace") for name in names)
+    if direction.stream is not None and failed == errno.EPROTO:
+        why = direction.stream.failure
+        session.record(Tls("failed", "intercept", by=direction.side.value, why=why))

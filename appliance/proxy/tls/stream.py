@@ -169,7 +169,7 @@ class TlsStream:
 
     def _fetch(self, most: int) -> None:
         """Take ciphertext from the socket. Raises OSError as recv does."""
-        room = max(most - self._incoming.pending, LEAST_BYTES)
+        room = min(max(most - self._incoming.pending, LEAST_BYTES), len(self._scratch))
         try:
             length = self._raw.recv_into(self._scratch[:room])
         except OSError:

@@ -1,8 +1,11 @@
+import asyncio
 import json
+import socket
+from types import SimpleNamespace
 
 import identity_syns as syns
 import pytest
-from speaking_sensor import owner
+from speaking_sensor import BOOT, SpeakingSensor, owner
 
 from ebpf import events
 from ebpf.events import Message
@@ -34,6 +37,27 @@ def test_a_link_that_finds_no_sensor_gets_one_later(make_bench):
     bench.start_sensor()
     bench.sensor.owner(owner())
     bench.until(lambda: bench.table.by_handle(syns.HANDLE) is not None)
+
+
+def test_a_sensor_that_is_there_is_heard_before_the_first_connection(make_bench, tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "sensor.sock"))
+        listener.listen()
+        bench = make_bench(sensor=False)
+        greeting = bench.loop.create_task(bench.link.greet(20))
+        bench.loop.run_until_complete(asyncio.sleep(0.05))
+        assert not greeting.done()
+        peer, _ = listener.accept()
+        with peer:
+            peer.sendall(SpeakingSensor.hello(SimpleNamespace(keys=[], covers=[], boot=BOOT)))
+            bench.loop.run_until_complete(greeting)
+            assert bench.link.connected
+
+
+def test_no_sensor_is_not_waited_for(make_bench):
+    bench = make_bench(sensor=False)
+    bench.loop.run_until_complete(asyncio.wait_for(bench.link.greet(1000), 20))
+    assert not bench.link.connected
 
 
 def test_a_sensor_that_comes_back_adds_its_key_and_the_older_stays_valid(bench):

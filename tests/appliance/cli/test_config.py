@@ -21,7 +21,7 @@ def test_the_example_is_valid_and_is_what_the_command_prints(narrows, capfd):
 
 def test_every_key_is_in_the_example_with_its_default(tmp_path):
     hints = typing.get_type_hints(config.Config)
-    for table in ("paths", "gate", "redirect", "evidence", "attribution", "sensor"):
+    for table in ("paths", "gate", "redirect", "evidence", "attribution", "sensor", "review"):
         section = EXAMPLE.split(f"[{table}]\n", 1)[1].split("\n\n", 1)[0]
         for field in dataclasses.fields(hints[table]):
             assert re.search(rf"^(# )?{field.name} = ", section, re.MULTILINE), field.name

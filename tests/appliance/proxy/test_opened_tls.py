@@ -433,6 +433,28 @@ def test_a_client_hello_in_single_bytes_is_understood(connect, certificates, mak
     assert gate.serve(client) == b"hello"
 
 
+def test_what_passes_through_is_relayed_as_it_is_and_its_hello_recorded(
+    connect, certificates, make_gate
+):
+    gate = make_gate(tls="passthrough", tls_verify="system")
+    address, _ = serving(certificates.server(), echo, alpn=["http/1.1"])
+    port = gate.listen(address)
+
+    def client():
+        end = End(connect(port), client_context(certificates.ca, alpn=["http/1.1"]))
+        end.send(b"hello")
+        end.say_end()
+        return end.read_all()
+
+    assert gate.serve(client) == b"hello"
+    ((named, up, _),) = sessions(gate)
+    (told,) = named["Tls"]
+    assert (told["stage"], told["mode"], told["sni"]) == ("hello", "passthrough", NAME)
+    assert told["alpn_offered"] == ["http/1.1"]
+    assert named["Detected"][0]["reason"] == "tls"
+    assert up.startswith(b"\x16\x03")
+
+
 # -- ends
 
 
@@ -475,7 +497,7 @@ def test_a_record_that_was_tampered_with_ends_the_session_and_is_recorded(
 
     def client():
         end = End(connect(port), client_context(gate.ca))
-        end.send(b"good")
+        end.send(b"\0good")
         end.sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
         with contextlib.suppress(OSError):
             while end.sock.recv(1000):
@@ -483,7 +505,7 @@ def test_a_record_that_was_tampered_with_ends_the_session_and_is_recorded(
 
     gate.serve(client)
     ((named, up, _),) = sessions(gate)
-    assert up == b"good"
+    assert up == b"\0good"
     assert (named["Tls"][-1]["stage"], named["Tls"][-1]["by"]) == ("failed", "client")
     assert named["Tls"][-1]["why"]
 

@@ -126,6 +126,23 @@ def names(found):
 # -- what a layer says
 
 
+@pytest.mark.parametrize(("port", "protocol"), [(5432, "postgresql"), (5999, "opaque")])
+def test_a_pause_in_the_first_message_is_no_way_around_a_protocol_on_its_own_port(
+    gate, port, protocol
+):
+    talk = gate.connect(port)
+    gate.talks.append(talk)
+    start = b"\0\3\0\0user\0joe\0\0"
+    start = (len(start) + 4).to_bytes(4, "big") + start
+    talk.say(CLIENT, start[:6])
+    paused = []
+    gate.loop.call_later(2 * gate.config.gate.detect_ms / 1000, paused.append, 1)
+    gate.step(lambda: paused)
+    talk.say(CLIENT, start[6:])
+    assert hear(talk, UPSTREAM, len(start)) == start
+    assert talk.session.protocol == protocol
+
+
 def test_a_record_of_a_request_comes_before_the_request_leaves(gate):
     class Recording(Plain):
         def data(self, event):
