@@ -228,7 +228,9 @@ def load(path: Path) -> Config:
         content = path.read_bytes()
         text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as wrong:
-        raise ConfigError(str(path), 0, "file", f"cannot be read: {wrong}") from wrong
+        why = wrong.strerror if isinstance(wrong, OSError) else wrong
+        hint = "--config FILE or $NARROWS_CONFIG names another; a lab that is up has its own"
+        raise ConfigError(str(path), 0, "file", f"cannot be read: {why}", hint) from wrong
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as wrong:

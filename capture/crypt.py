@@ -44,7 +44,10 @@ class Secret:
 def read_key(path: Path) -> Secret:
     """Return the key of a 0600 file of 64 hex digits; KeyFileError otherwise."""
     with path.open("rb") as file:
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        found = os.fstat(file.fileno())
+        if found.st_uid not in {0, os.geteuid()}:
+            raise KeyFileError(f"{path} belongs to another user ({found.st_uid})")
+        mode = stat.S_IMODE(found.st_mode)
         if mode & 0o077:
             raise KeyFileError(f"{path} may be read by others (mode {mode:o}); chmod 600 it")
         text = file.read(1024)

@@ -61,6 +61,7 @@ class SegmentWriter:
         self.incarnation = self._life.number
         self._tag = self.incarnation << 32
         self._next_session = 0
+        self._brim = self._settings.chunk_bytes - HEADER_BYTES  #: no frame ends after it
         self._most = min(MOST_FRAME_BYTES, self._settings.chunk_bytes - START - 2 * HEADER_BYTES)
         self._all: list[Chunk] = []
         try:
@@ -219,25 +220,19 @@ class SegmentWriter:
                 piece = view[start : start + self._most]
                 position = self.append(kind, session, piece, time_ns, offset + start)
             return position
-        header = HEADER.pack(0, session, time_ns, offset)
-        frame = b"".join((header, payload, _PADS[size & 7]))
-        return self._put(frame, self._tag | kind << 24 | size, size)
-
-    def _put(self, frame: bytes, word: int, size: int) -> int:
-        """Publish a whole frame, whose length word is zero in `frame` and stored last: until then
-        there is none.
-        """
+        # The length word is stored last: until then there is no frame.
+        frame = b"".join((HEADER.pack(0, session, time_ns, offset), payload, _PADS[size & 7]))
         chunk = self._chunk
         fill = chunk.fill
         end = fill + len(frame)
-        if end + HEADER_BYTES > self._settings.chunk_bytes:
+        if end > self._brim:
             chunk = self._room_for(len(frame), size)
             fill = chunk.fill
             end = fill + len(frame)
         words = chunk.words
         words[end >> 3] = 0
         chunk.view[fill:end] = frame
-        words[fill >> 3] = word
+        words[fill >> 3] = self._tag | kind << 24 | size
         if end >= chunk.limit:
             chunk.mark(end)
         chunk.fill = end
@@ -247,7 +242,7 @@ class SegmentWriter:
 
     def _room_for(self, length: int, size: int) -> Chunk:
         """Return an empty chunk for a frame of `length` bytes, whose payload has `size`."""
-        if START + length + HEADER_BYTES > self._settings.chunk_bytes:
+        if START + length > self._brim:
             raise EvidenceError(f"a record of {size} bytes does not fit a chunk")
         if not self._committer.free:
             self._wait_for_chunk()

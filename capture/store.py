@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import re
+import stat
 from typing import TYPE_CHECKING
 
 from capture.errors import EvidenceError
@@ -34,11 +35,20 @@ class Store:
         self.hot = run / "hot"  #: one directory of chunks per living incarnation
 
     def prepare(self) -> None:
-        """Make the directories, owner only."""
+        """Make the directories, owner only. EvidenceError when one is there in which others may
+        put something in a file's place.
+        """
         for path in (
             self.state, self.evidence, self.segments, self.open, self.ledger, self.run, self.hot
         ):  # fmt: skip
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = path.stat()
+            shared = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
+            if shared or found.st_uid not in {0, os.geteuid()}:
+                raise EvidenceError(
+                    f"{path} has owner {found.st_uid} and mode {found.st_mode & 0o7777:o}:"
+                    " others could replace what is in it"
+                )
 
     def segment(self, generation: int) -> Path:
         """Return the path of a segment."""

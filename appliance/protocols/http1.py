@@ -37,8 +37,8 @@ from appliance.sansio import (
 from appliance.wire import httprequests, httpresponses
 from appliance.wire.httpexchanges import MOST_PENDING, Exchanges
 from appliance.wire.httphead import FieldReader
-from appliance.wire.httprequests import Requests
-from appliance.wire.httpresponses import Responses
+from appliance.wire.httprequests import ASKED, Requests
+from appliance.wire.httpresponses import DONE, Responses
 from appliance.wire.httpsecrets import Secrets
 from appliance.wire.httpstart import LineReader
 
@@ -50,6 +50,10 @@ if TYPE_CHECKING:
 _BEGINS = re.compile(
     rb"(?:\r\n)?(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|TRACE|PATCH|PURGE|QUERY|COPY|MOVE|LOCK|UNLOCK"
     rb"|MKCOL|PROPFIND|PROPPATCH|REPORT|SEARCH) (?:/|https?://)",
+)
+_METHODS = tuple(
+    b"GET HEAD POST PUT DELETE OPTIONS TRACE PATCH PURGE QUERY COPY MOVE LOCK UNLOCK MKCOL "
+    b"PROPFIND PROPPATCH REPORT SEARCH CONNECT".split()
 )
 _VERSION = re.compile(rb"[\r\n]*[!-~]+[ \t].*\bHTTP/[0-9]", re.IGNORECASE)
 _HTTP2 = b"PRI * HTTP/2"
@@ -71,26 +75,29 @@ class HTTP1:
 
     def handle(self, event: Event) -> list[Effect]:
         """Decode bytes, or note that a side ended or is slow."""
-        exchanges = self._exchanges
         out: list[Effect] = []
+        exchanges = self._exchanges
         exchanges.out = out
         if not self.sensitive:
             return self._switched_already(event)
+        requests = self._requests
         if type(event) is Data:
-            exchanges.now = event.time_ns
-            if event.side is CLIENT:
-                self._requests.feed(event.data, event.offset)
+            side, data, offset, exchanges.now = event
+            if side is CLIENT:
+                requests.feed(data, offset)
             else:
-                self._responses.feed(event.data, event.offset)
-                self._go_on(out)
+                self._responses.feed(data, offset)
+                if requests.state is ASKED or self._responses.switched:
+                    self._go_on(out)
         elif not exchanges.over:
             if type(event) is Eof:
                 self._end(event)
             elif type(event) is Elapsed:
                 self._late(event.timer)
-        waits = self._requests.state >= httprequests.State.ASKED
-        far = len(exchanges.pending) >= MOST_PENDING
-        self.reading = NEITHER if exchanges.over else ONLY_UPSTREAM if waits or far else BOTH
+        if requests.state >= ASKED or len(exchanges.pending) >= MOST_PENDING:
+            self.reading = NEITHER if exchanges.over else ONLY_UPSTREAM
+        else:
+            self.reading = NEITHER if exchanges.over else BOTH
         exchanges.out = []  # an idle session keeps nothing of what it did last
         return out
 
@@ -102,7 +109,7 @@ class HTTP1:
                 out.append(Forward(UPSTREAM, kept))
             out += (Relay(CLIENT, FOREVER), Relay(UPSTREAM, FOREVER))
             self.sensitive = NEITHER
-        elif self._requests.state is httprequests.State.ASKED and not self._exchanges.pending:
+        elif not self._exchanges.pending:
             self._requests.answered()
 
     @staticmethod
@@ -115,7 +122,7 @@ class HTTP1:
         """A client that only half-closes still gets its answers."""
         if event.side is CLIENT:
             self._requests.finish(event.offset)
-            if event.reset or self._responses.state is httpresponses.State.DONE:
+            if event.reset or self._responses.state is DONE:
                 self._exchanges.cut()
         else:
             self._responses.finish(event.offset)
@@ -165,6 +172,9 @@ class HTTP1Protocol:
         if _BEGINS.match(prefix) or _VERSION.match(prefix):
             line, newline, _ = prefix.lstrip(b"\r\n").partition(b"\n")
             return Answer.YES if not newline or _VERSION.match(line) else Answer.NO
+        word, space, _ = prefix.lstrip(b"\r\n").partition(b" ")
+        if not space and not any(method.startswith(word) for method in _METHODS):
+            return Answer.NO  # other protocols' clients are not to wait for a word that is none
         return Answer.MORE if _MAY_BEGIN.fullmatch(prefix) else Answer.NO
 
     def layer(self, facts: Facts) -> Layer:

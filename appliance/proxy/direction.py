@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("narrows.session")
 
 RECEIVE_BYTES = 256 * 1024
+#: A source that fills its receives, while its sink takes all of them, may give so much at once:
+#: fewer and larger receives mean fewer turns of the loop, and fewer acknowledgements.
+MOST_RECEIVE_BYTES = 2 * 1024 * 1024
 PRIVATE_BYTES = 64 * 1024
 
 Unsent = Held | bytes | memoryview
@@ -42,9 +45,9 @@ class Direction:
     """Bytes of `side`. `sink` is the socket that they are sent to; `received` counts what came."""
 
     __slots__ = (
-        "back", "ended", "fd", "kind", "own_kind", "own_sent", "own_waits", "pending", "reading",
-        "received", "relay", "session", "shut", "side", "sink", "source", "stream", "unsent",
-        "unsent_bytes", "watched", "writing",
+        "at_once", "back", "ended", "fd", "kind", "own_kind", "own_sent", "own_waits", "pending",
+        "reading", "received", "relay", "session", "shut", "side", "sink", "source", "stream",
+        "unsent", "unsent_bytes", "watched", "writing",
     )  # fmt: skip
 
     back: Direction  #: the other direction of the session
@@ -62,6 +65,7 @@ class Direction:
         self.kind = kind  #: frame kind of received bytes
         self.own_kind = own_kind  #: frame kind of the gate's own bytes sent to `sink`
         self.received = 0
+        self.at_once = RECEIVE_BYTES  #: how much the next receive may bring
         self.own_sent = 0
         self.relay = 0  #: bytes that still pass without the layer; -1 for all
         self.ended = False  #: the source sends no more
@@ -147,7 +151,7 @@ class Direction:
     def receive_relayed(self) -> None:
         """Receive into the evidence and send from there; no layer is asked."""
         relay = self.relay
-        want = RECEIVE_BYTES if relay < 0 or relay > RECEIVE_BYTES else relay
+        want = self.at_once if relay < 0 or relay > self.at_once else relay
         session = self.session
         worker = session.worker
         writer = worker.writer
@@ -168,6 +172,8 @@ class Direction:
             return
         if length == len(area):
             self.pending = True
+            if length == self.at_once < MOST_RECEIVE_BYTES:
+                self.at_once = 2 * length
         position = writer.publish(self.kind, session.number, self.received, length, worker.now())
         self.received += length
         self.send(area[:length], position - (-length & 7), position)
@@ -187,7 +193,7 @@ class Direction:
             self.pending = True
             worker.stall(session)
             return
-        length = self._receive(area)
+        length = self.receive(area)
         if length <= 0:
             return
         now = worker.now()
@@ -205,7 +211,7 @@ class Direction:
         """Pass bytes on while evidence cannot be written and the route says to go on; return how
         many.
         """
-        length = self._receive(scratch)
+        length = self.receive(scratch)
         if length > 0:
             self.received += length
             self.send(bytes(scratch[:length]), 0, 0)
@@ -233,7 +239,8 @@ class Direction:
             self.pending = True
         return data
 
-    def _receive(self, area: memoryview) -> int:
+    def receive(self, area: memoryview) -> int:
+        """Return how many bytes came into `area`; none or fewer when there is nothing to do."""
         try:
             length = self.source.recv_into(area)
         except BlockingIOError:
@@ -284,6 +291,7 @@ class Direction:
             if sent == len(data):
                 return
             data = data[sent:]
+            self.at_once = RECEIVE_BYTES
             self._want_write()
         self._keep(data, end, 0, own=own)
 

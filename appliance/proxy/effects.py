@@ -120,9 +120,10 @@ def _record_hidden(
 
 
 def run(session: Session, effects: list[Effect], now: int) -> None:
-    """Execute effects in order; `session.interest` follows. Raises EvidenceError when bytes that
-    are to be sent cannot be recorded.
+    """Execute effects in order, then read what the layer wants to be read. Raises EvidenceError
+    when bytes that are to be sent cannot be recorded.
     """
+    relaying = False
     for effect in effects:
         kind = type(effect)
         if kind is Audit:
@@ -135,6 +136,7 @@ def run(session: Session, effects: list[Effect], now: int) -> None:
         elif kind is Relay:
             relayed = session.up if effect.from_side is CLIENT else session.down  # type: ignore[union-attr]
             relayed.relay = effect.length  # type: ignore[union-attr]
+            relaying = True
         elif kind is Close:
             session.end_side(effect.side, effect.reason)  # type: ignore[union-attr]
         elif kind is StartTls:
@@ -143,7 +145,9 @@ def run(session: Session, effects: list[Effect], now: int) -> None:
             _set_timer(session, effect)  # type: ignore[arg-type]
         if session.closed:
             return
-    session.interest()
+    # What was queued or ended has said so itself.
+    if relaying or session.layer.reading is not session.read_last:
+        session.interest()
 
 
 def _forward(session: Session, effect: Forward, now: int) -> None:

@@ -177,15 +177,14 @@ class Session:
             return
         direction.writing = False
         if direction.ended:
-            direction.finish()
-            self._close_if_done()
+            self.flushed(direction)
 
     def feed(self, direction: Direction, data: memoryview | bytes, offset: int, now: int) -> None:
         """Give bytes that are in the evidence to the layer."""
         effects.feed(self, direction, data, offset, now)
 
     def unrecordable(self) -> None:
-        """Bytes were received and there is no memory to record them: they go nowhere."""
+        """There is no memory to record received bytes: they go nowhere."""
         if not self.closed:
             self.close("evidence", "gate", reset=True)
 
@@ -378,9 +377,9 @@ class Session:
         if self.closed:
             return
         self.closed = True
-        if self.handshake is not None:
-            self.handshake.told_of_end(reason, by)
-            self.handshake = None
+        handshake, self.handshake = self.handshake, None
+        if handshake is not None:
+            handshake.told_of_end(reason, by)
         self.ending = (reason, by)
         if self.timers is not None:
             for timer in self.timers.values():

@@ -22,11 +22,13 @@ from appliance.proxy.heartbeat import kernel_counts
 from appliance.proxy.listener import Listener, open_listener, saved_syn, target_of
 from appliance.proxy.refusal import Destinations
 from appliance.proxy.session import LINGER_S, Session
+from appliance.proxy.standing import Standing, closed
 from appliance.proxy.tls import Terminator
 from appliance.proxy.upstream import abort, dial
 from capture.errors import EvidenceError
 from capture.frames import session_name
 from capture.records import (
+    KINDS,
     Attributed,
     Decision,
     Gap,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("narrows.gate")
 
 HEARTBEAT_S = 5.0
+OPEN, ATTRIBUTED, CLOSE = KINDS[SessionOpen], KINDS[Attributed], KINDS[SessionClose]
 #: Descriptors that sessions leave for segments, control connections and the like.
 SPARE_DESCRIPTORS = 128
 #: First and last records of sessions that found no memory are kept for later, so many of them.
@@ -75,6 +78,7 @@ class Worker:
         self.now: Callable[[], int] = time.time_ns
         self.accepted = self.ended = self.refused = 0
         self.opaque = Opaque()
+        self.standing = Standing(number)
         self.tls = Terminator(config)
         self.dialling = Dialling(loop, config.gate.connect_timeout_s)
         self.scratch = memoryview(bytearray(outage.SCRATCH_BYTES))
@@ -86,7 +90,7 @@ class Worker:
         self._waiting: set[Session] = set()
         self._woken = False
         self._lost_records = 0
-        self._owed: list[tuple[int, Record, int]] = []
+        self._owed: list[tuple[int, int, bytes, int]] = []
         self._failed_since = 0
         self._most, self._scarce = self._limit()
         self._full_since = 0
@@ -148,13 +152,17 @@ class Worker:
             return False
         return True
 
-    def record_surely(self, session: int, record: Record, now: int) -> None:
+    def lay(self, kind: int, session: int, payload: bytes, now: int) -> None:
         """Write a record without which a session cannot be understood: later, if there is no room
         now.
         """
-        if not self.record(session, record, now) and len(self._owed) < MOST_OWED:
-            self._owed.append((session, record, now))
-            self._lost_records -= 1
+        try:
+            self.writer.append(kind, session, payload, now)
+        except EvidenceError:
+            if len(self._owed) < MOST_OWED:
+                self._owed.append((kind, session, payload, now))
+            else:
+                self._lost_records += 1
 
     def wake(self) -> None:
         """Called by the writer thread: something moved."""
@@ -231,8 +239,8 @@ class Worker:
 
     def _pay(self) -> None:
         owed, self._owed = self._owed, []
-        for session, record, when in owed:
-            self.record_surely(session, record, when)
+        for late in owed:
+            self.lay(*late)
 
     def _say_lost(self, since: int) -> None:
         """Record how many records found no memory, in an outage that began at `since` or at
@@ -258,11 +266,7 @@ class Worker:
             self._refuse(near, client, target, reason or "evidence", now)
             return
         number = self.writer.new_session()
-        opened = SessionOpen(
-            client[0], client[1], target[0], target[1], route.name, route.durability, route.source,
-            self.number,
-        )  # fmt: skip
-        self.record_surely(number, opened, now)
+        self.lay(OPEN, number, self.standing.opened(client, target, route), now)
         session = self._dial(near, client, target, route, number, now)
         if session is None:
             return
@@ -308,9 +312,10 @@ class Worker:
     def _not_dialled(self, near: socket.SocketType, number: int, now: int, wrong: OSError) -> None:
         """Only reached when the upstream socket could not even start to connect."""
         reason = "descriptors" if wrong.errno in {errno.EMFILE, errno.ENFILE} else "unreachable"
-        self.record_surely(number, Attributed(None, "none", "none", "not-connected"), now)
-        end = SessionClose(reason, "gate", 0, 0, 0, now, session_name(number))
-        self.record_surely(number, end, now)
+        unknown = self.standing.attributed(Attributed(None, "none", "none", "not-connected"))
+        self.lay(ATTRIBUTED, number, unknown, now)
+        end = closed(reason, "gate", 0, 0, 0, now, session_name(number))
+        self.lay(CLOSE, number, end, now)
         self.refused += 1
         abort(near)
 

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from appliance.wire.httpsecrets import Span
 
-CHUNKED = -1  #: "length" of a body that comes in chunks
-TILL_END = -2  #: "length" of a body that ends with the connection
+IN_CHUNKS = -1  #: "length" of a body that comes in chunks
+TO_THE_END = -2  #: "length" of a body that ends with the connection
 MOST_FIELDS = 256
 MOST_NAME_BYTES = 256
 MOST_FACT_CHARS = 256

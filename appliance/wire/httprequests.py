@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from appliance.sansio import CLIENT, SetTimer
 from appliance.wire.httpchunks import Chunks, Part
-from appliance.wire.httphead import CHUNKED, FieldReader, Fields, Malformed
+from appliance.wire.httphead import IN_CHUNKS, FieldReader, Fields, Malformed
 from appliance.wire.httpinlet import Inlet
 from appliance.wire.httpsecrets import redact
 from appliance.wire.httpstart import MOST_LINE_BYTES, LineReader, RequestLine
@@ -47,12 +47,7 @@ class State(IntEnum):
     DONE = 4
 
 
-#: Names of this module are found faster than those of a class.
-_HEAD = State.HEAD
-_BODY = State.BODY
-_CHUNKS = State.CHUNKS
-_ASKED = State.ASKED
-_DONE = State.DONE
+HEAD, BODY, CHUNKS, ASKED, DONE = State  #: found faster under these names
 
 
 class Requests:
@@ -68,7 +63,7 @@ class Requests:
         self._lines = lines
         self._fields = fields
         self.inlet = Inlet(CLIENT, fields)
-        self.state = _HEAD
+        self.state = HEAD
         self._exchange: Exchange | None = None  #: whose body comes
         self._left = 0
         self._chunks: Chunks | None = None
@@ -82,7 +77,7 @@ class Requests:
         inlet = self.inlet
         passed = offset - inlet.end
         buffer = inlet.take(data, offset)
-        if self.state is _DONE:
+        if self.state is DONE:
             inlet.discard(buffer, self._exchanges.out)
             return
         if passed:
@@ -103,26 +98,26 @@ class Requests:
         if passed > 0:
             self.passed(passed)
         self.inlet.withhold("incomplete", self._exchanges.out)
-        self.state = _DONE
+        self.state = DONE
 
     def answered(self) -> None:
         """The request that asked for something else was answered as any other."""
-        if self.state is _ASKED:
-            self.state = _HEAD
+        if self.state is ASKED:
+            self.state = HEAD
             self._walk(self.inlet.again())
 
     def late(self) -> None:
         """A head did not become whole in time."""
-        if self.state is _HEAD and self.inlet.kept:
+        if self.state is HEAD and self.inlet.kept:
             self._refuse(self.inlet.again(), 0, Malformed("a request that took too long", 408))
 
     def stop(self, why: str) -> None:
         """Decode nothing more; a part of a request is denied, what waits is withheld."""
-        if self.state is _HEAD and self.inlet.kept:
+        if self.state is HEAD and self.inlet.kept:
             kept = self.inlet.again()
             self._deny(kept, self.inlet.hide_junk(kept, 0, self._exchanges.out), self.inlet.at)
         self.inlet.withhold(why, self._exchanges.out)
-        self.state = _DONE
+        self.state = DONE
 
     def _walk(self, buffer: bytes) -> None:
         inlet, out = self.inlet, self._exchanges.out
@@ -130,7 +125,7 @@ class Requests:
         try:
             while at < end:
                 before = at
-                at = (self._head if self.state is _HEAD else self._rest)(buffer, at)
+                at = (self._head if self.state is HEAD else self._rest)(buffer, at)
                 if at == before:
                     self._wait(buffer, at)
                     break
@@ -144,14 +139,14 @@ class Requests:
             inlet.kept = buffer  # effects of this event are lost: nothing of it is forwarded
             raise
         inlet.release(buffer, at, out)
-        if self.state is _BODY:
+        if self.state is BODY:
             inlet.relay(self._left, out)
         elif self._chunks is not None:
             inlet.relay_chunk(self._chunks.left, out)
 
     def _rest(self, buffer: bytes, at: int) -> int:
         """Decode what is no head; return where it ends, or `at` when it is not whole."""
-        if self.state is _BODY:
+        if self.state is BODY:
             taken = min(self._left, len(buffer) - at)
             self.passed(taken)
             if not self._left:
@@ -169,14 +164,14 @@ class Requests:
     def _wait(self, buffer: bytes, at: int) -> None:
         """Look at what is not whole yet: it may hold secrets, or be broken already."""
         out = self._exchanges.out
-        if self.state is _HEAD:
+        if self.state is HEAD:
             line = self.inlet.unfinished(buffer, at, out, line_bytes=MOST_LINE_BYTES)
             if line:
                 self._lines.request(line)
             if not self._timed:
                 self._timed = True
                 out.append(SetTimer(HEAD_TIMER, HEAD_S))
-        elif self.state is _ASKED:
+        elif self.state is ASKED:
             self.inlet.hide_junk(buffer, at, out)
         elif self._chunks is not None and self._chunks.part is Part.TRAILERS:
             self.inlet.unfinished(buffer, at, out, line_bytes=0)
@@ -216,15 +211,15 @@ class Requests:
             exchange.switch = line.host if line.verb == "CONNECT" else fields.upgrade
         if not length:
             exchange.asked = exchanges.now
-            self.state = _ASKED if exchange.switch else _HEAD
+            self.state = ASKED if exchange.switch else HEAD
             return
         self._exchange = exchange
         if length > 0:
             self._left = length
-            self.state = _BODY
+            self.state = BODY
         else:
             self._chunks = Chunks(self._fields, request=True)
-            self.state = _CHUNKS
+            self.state = CHUNKS
 
     def _whole(self) -> None:
         """The request at hand is whole."""
@@ -232,7 +227,7 @@ class Requests:
         assert exchange is not None
         exchange.asked = self._exchanges.now
         self._chunks = None
-        self.state = _ASKED if exchange.switch and not exchange.done else _HEAD
+        self.state = ASKED if exchange.switch and not exchange.done else HEAD
         self._exchange = None
 
     def _refuse(self, buffer: bytes, at: int, wrong: Malformed) -> None:
@@ -240,11 +235,11 @@ class Requests:
         exchanges, inlet = self._exchanges, self.inlet
         spans = inlet.hide_junk(buffer, at, exchanges.out)
         exchange = self._exchange
-        if self.state is _HEAD:
+        if self.state is HEAD:
             exchange = self._deny(buffer[at:], spans, inlet.at + at)
         inlet.release(buffer, at, exchanges.out)
         inlet.withhold(str(wrong), exchanges.out)
-        self.state = _DONE
+        self.state = DONE
         exchanges.refuse(exchange, wrong.status, f"request refused: {wrong}")
 
     def _deny(self, rest: bytes, spans: list[Span], offset: int) -> Exchange:
@@ -257,7 +252,7 @@ class Requests:
 
 
 def _body(line: RequestLine, fields: Fields) -> int:
-    """Return how many bytes follow a head, CHUNKED for chunks. Raises Malformed."""
+    """Return how many bytes follow a head, or IN_CHUNKS. Raises Malformed."""
     if not fields.coding and fields.length <= 0 and not fields.padded:
         return 0
     if fields.coding:
@@ -267,7 +262,7 @@ def _body(line: RequestLine, fields: Fields) -> int:
             raise Malformed("a Transfer-Encoding besides chunked", 501)
         if line.verb == "CONNECT":
             raise Malformed("CONNECT with a body")
-        return CHUNKED
+        return IN_CHUNKS
     if fields.padded:
         raise Malformed("a Content-Length that begins with zero")
     if line.verb == "CONNECT" and fields.length > 0:

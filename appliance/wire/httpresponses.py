@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from appliance.sansio import FOREVER, UPSTREAM, Audit, Relay, SetTimer
 from appliance.wire.httpchunks import Chunks, Part
-from appliance.wire.httphead import CHUNKED, TILL_END, FieldReader, Fields, Malformed
+from appliance.wire.httphead import IN_CHUNKS, TO_THE_END, FieldReader, Fields, Malformed
 from appliance.wire.httpinlet import Inlet
 from appliance.wire.httpstart import MOST_LINE_BYTES, LineReader, StatusLine
 from appliance.wire.httpunfinished import MOST_HEAD_BYTES
@@ -46,12 +46,7 @@ class State(IntEnum):
     DONE = 4
 
 
-#: Names of this module are found faster than those of a class.
-_HEAD = State.HEAD
-_BODY = State.BODY
-_CHUNKS = State.CHUNKS
-_TILL_END = State.TILL_END
-_DONE = State.DONE
+HEAD, BODY, CHUNKS, TILL_END, DONE = State  #: found faster under these names
 
 
 class Responses:
@@ -67,7 +62,7 @@ class Responses:
         self._lines = lines
         self._fields = fields
         self.inlet = Inlet(UPSTREAM, fields)
-        self.state = _HEAD
+        self.state = HEAD
         self.switched = False  #: the session goes on with something else than HTTP
         self._left = 0
         self._chunks: Chunks | None = None
@@ -81,7 +76,7 @@ class Responses:
         inlet = self.inlet
         passed = offset - inlet.end
         buffer = inlet.take(data, offset)
-        if self.state is _DONE:
+        if self.state is DONE:
             inlet.discard(buffer, self._exchanges.out)
             return
         if passed:
@@ -95,7 +90,7 @@ class Responses:
         exchange.body_bytes += length
         if self._chunks is not None:
             self._chunks.skip(length)
-        elif self.state is _BODY:
+        elif self.state is BODY:
             self._left -= length
 
     def finish(self, end: int) -> None:
@@ -104,10 +99,10 @@ class Responses:
         passed = end - self.inlet.end
         if passed > 0 and exchanges.pending:
             self.passed(passed)
-        if self.state is _TILL_END:
+        if self.state is TILL_END:
             self._over(exchanges.pending[0])
             self._write_results()
-        elif self.inlet.kept and self.state is _HEAD and exchanges.pending:
+        elif self.inlet.kept and self.state is HEAD and exchanges.pending:
             wrong = Malformed("a response that is not whole", 502)
             self._refuse(self.inlet.again(), 0, wrong)
         self.stop("incomplete")
@@ -115,13 +110,13 @@ class Responses:
 
     def late(self) -> None:
         """A head did not become whole in time."""
-        if self.state is _HEAD and self.inlet.kept:
+        if self.state is HEAD and self.inlet.kept:
             self._refuse(self.inlet.again(), 0, Malformed("a response that took too long"))
 
     def stop(self, why: str) -> None:
         """Decode nothing more; what waits is withheld."""
         self.inlet.withhold(why, self._exchanges.out)
-        self.state = _DONE
+        self.state = DONE
 
     def _walk(self, buffer: bytes) -> None:
         inlet, out = self.inlet, self._exchanges.out
@@ -130,7 +125,7 @@ class Responses:
         try:
             while at < end:
                 before = at
-                at = (self._head if self.state is _HEAD else self._rest)(buffer, at)
+                at = (self._head if self.state is HEAD else self._rest)(buffer, at)
                 if at == before:
                     self._wait(buffer, at)
                     break
@@ -146,11 +141,14 @@ class Responses:
             raise
         inlet.release(buffer, at, out)
         if self._ended:
-            self._write_results()
-            self._exchanges.settle()
-        if self.state is _BODY:
+            out += self._ended
+            self._ended.clear()
+            pending = self._exchanges.pending
+            if pending and pending[0].refusal is not None:
+                self._exchanges.settle()
+        if self.state is BODY:
             inlet.relay(self._left, out)
-        elif self.state is _TILL_END:
+        elif self.state is TILL_END:
             out.append(Relay(UPSTREAM, FOREVER))
         elif self._chunks is not None:
             inlet.relay_chunk(self._chunks.left, out)
@@ -168,20 +166,20 @@ class Responses:
                 self.inlet.hide(self._chunks.spans, 0, self._exchanges.out)
                 self._over(exchange)
             return after
-        if state is _DONE:  # switched
+        if state is DONE:  # switched
             return len(buffer)
         taken = len(buffer) - at
-        if state is _BODY:
+        if state is BODY:
             taken = min(self._left, taken)
         self.passed(taken)
-        if state is _BODY and not self._left:
+        if state is BODY and not self._left:
             self._over(pending[0])
         return at + taken
 
     def _wait(self, buffer: bytes, at: int) -> None:
         """Look at what is not whole yet: it may hold secrets, or be broken already."""
         out = self._exchanges.out
-        if self.state is _HEAD:
+        if self.state is HEAD:
             line = self.inlet.unfinished(buffer, at, out, line_bytes=MOST_LINE_BYTES)
             if line:
                 self._lines.status(line)
@@ -218,7 +216,7 @@ class Responses:
         if status < _LEAST_FINAL and status != SWITCHING:
             _note_interim(exchange, status, size)
             return
-        switches = _switches(exchange, status)
+        switches = (status == SWITCHING or exchange.switch) and _switches(exchange, status)
         length = _body(line, fields, exchange.verb)
         exchange.begun = True
         exchange.status, exchange.tag, exchange.fields = status, line.tag, fields
@@ -227,12 +225,12 @@ class Responses:
             self._switch(exchange, fields)
         elif length > 0:
             self._left = length
-            self.state = _BODY
-        elif length == CHUNKED:
+            self.state = BODY
+        elif length == IN_CHUNKS:
             self._chunks = Chunks(self._fields, request=False)
-            self.state = _CHUNKS
-        elif length == TILL_END:
-            self.state = _TILL_END
+            self.state = CHUNKS
+        elif length == TO_THE_END:
+            self.state = TILL_END
         else:
             self._over(exchange)
 
@@ -240,7 +238,7 @@ class Responses:
         """From here on both sides speak something else: it is relayed."""
         self._over(exchange)
         self.switched = True
-        self.state = _DONE
+        self.state = DONE
         to = fields.upgrade or exchange.switch
         fields_of_fact = {"op": exchange.number, "to": to, "secrets": "unparsed"}
         self._ended.append(Audit(Fact("upgraded", fields_of_fact)))
@@ -252,7 +250,7 @@ class Responses:
         status = "ok" if exchange.status < 400 else "error"
         self._ended.append(self._exchanges.result(exchange, status))
         self._chunks = None
-        self.state = _HEAD
+        self.state = HEAD
 
     def _write_results(self) -> None:
         self._exchanges.out += self._ended
@@ -265,7 +263,7 @@ class Responses:
         inlet.release(buffer, at, exchanges.out)
         inlet.withhold(str(wrong), exchanges.out)
         self._write_results()
-        self.state = _DONE
+        self.state = DONE
         pending = exchanges.pending
         if pending and pending[0].refusal is not None:
             exchanges.settle()
@@ -295,7 +293,7 @@ def _switches(exchange: Exchange, status: int) -> bool:
 
 
 def _body(line: StatusLine, fields: Fields, verb: str) -> int:
-    """Return how many bytes follow a head, CHUNKED or TILL_END (RFC 9112, section 6.3).
+    """Return how many bytes follow a head, IN_CHUNKS or TO_THE_END (RFC 9112, section 6.3).
 
     Raises Malformed.
     """
@@ -304,5 +302,5 @@ def _body(line: StatusLine, fields: Fields, verb: str) -> int:
     if verb == "HEAD" or line.status in _NO_BODY or line.status == SWITCHING:
         return 0
     if fields.coding:
-        return CHUNKED
-    return TILL_END if fields.length < 0 else fields.length
+        return IN_CHUNKS
+    return TO_THE_END if fields.length < 0 else fields.length

@@ -60,6 +60,14 @@ def test_a_protocol_that_the_kernel_does_not_number_is_refused(tmp_path, protoco
     assert refused.key == "route.protocol"
 
 
+def test_a_file_that_is_not_there_is_named_once_and_with_a_way_out(tmp_path):
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(ConfigError) as refused:
+            load(path)
+        assert str(refused.value).count(str(path)) == 1
+        assert "--config FILE" in str(refused.value)
+
+
 def test_tcp_is_never_allowed_past_the_gate_and_nothing_else_is_intercepted(tmp_path):
     assert wrong(tmp_path, f'{ROUTE}action = "allow"\n').key == "route.action"
     assert wrong(tmp_path, f'{ROUTE}protocol = "47"\n').key == "route.action"

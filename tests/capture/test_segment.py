@@ -334,3 +334,18 @@ def test_a_counter_that_was_lost_is_found_again_from_the_segments(where, left):
     counter.write_text(left, encoding="utf-8", errors="surrogateescape")
     assert where.store.next_generation() == newest + 1
     assert counter.read_text(encoding="ascii") == f"{newest + 1:08x}\n"
+
+
+@pytest.mark.parametrize("name", ["state", "run", "segments", "hot"])
+def test_a_directory_that_others_may_write_to_is_not_used(where, name):
+    path = getattr(where.store, name)
+    where.store.prepare()
+    for mode, owner in ((0o777, 0), (0o770, 0), (0o700, 65534)):
+        path.chmod(mode)
+        os.chown(path, owner, owner)
+        with pytest.raises(EvidenceError, match=str(path)):
+            where.store.prepare()
+    os.chown(path, 0, 0)
+    for mode in (0o755, 0o1777):  # a fresh tmpfs has the latter
+        path.chmod(mode)
+        where.store.prepare()

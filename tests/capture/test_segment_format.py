@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import os
 import struct
 import zlib
 
@@ -218,6 +219,13 @@ def test_a_key_file_with_anything_else_is_refused(tmp_path, content):
     with pytest.raises(KeyFileError) as refused:
         Keys.load(tmp_path)
     assert content not in str(refused.value) or not content
+
+
+def test_a_key_file_of_another_user_is_refused(tmp_path):
+    Keys.load_or_create(tmp_path)
+    os.chown(tmp_path / "digest.key", 65534, 65534)
+    with pytest.raises(KeyFileError, match="belongs to another user"):
+        Keys.load(tmp_path)
 
 
 def test_no_key_is_shown(tmp_path):

@@ -201,6 +201,11 @@ class _Served:
                     self.ready(sock)
 
 
+def full_socket(bare):
+    """Return the socket of a bare one, as the gate makes them: with accept, and with `with`."""
+    return socket.socket(fileno=bare.detach())
+
+
 class Listener(_Served):
     """The gate's listeners; what comes in is told where it meant to go, and noted."""
 
@@ -208,7 +213,7 @@ class Listener(_Served):
         super().__init__()
         self.seen = []
         families = (socket.AF_INET, socket.AF_INET6)
-        self.sockets = [hosts.gate(open_listener, one, port) for one in families]
+        self.sockets = [full_socket(hosts.gate(open_listener, one, port)) for one in families]
 
     def ready(self, sock):
         near, peer = sock.accept()
@@ -231,7 +236,7 @@ class Relay(Listener):
         near, peer = sock.accept()
         target = near.getsockname()[:2]
         source = None if self._own_address else peer[0]
-        with near, self._hosts.gate(dial, target, source) as far:
+        with near, full_socket(self._hosts.gate(dial, target, source)) as far:
             self.seen.append((peer[0], name(*target)))
             far.settimeout(1)
             near.sendall(b"relayed " + far.recv(200))

@@ -19,6 +19,7 @@ from redirect_hosts import (
     Hosts,
     Listener,
     Server,
+    full_socket,
     inject,
     ip_packet,
     is_segment,
@@ -123,7 +124,7 @@ def test_a_connection_of_a_bypass_ends_when_the_gate_is_back(bare):
 
 def test_a_running_session_outlives_other_rules_and_goes_on_after_a_flush(bare):
     bare.apply(EVERYTHING)
-    with bare.gate(open_listener, socket.AF_INET, 15001) as listener:
+    with full_socket(bare.gate(open_listener, socket.AF_INET, 15001)) as listener:
         listener.settimeout(2)
         client = bare.on("client", socket.create_connection, (SERVER4, 80), 2)
         near, _ = listener.accept()

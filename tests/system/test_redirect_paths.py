@@ -19,6 +19,7 @@ from redirect_hosts import (
     Server,
     checksum,
     family,
+    full_socket,
     inject,
     ip_packet,
     is_segment,
@@ -151,7 +152,7 @@ def test_a_session_can_never_be_one_with_the_gate_itself(hosts, client, address)
     hosts.apply()
     before = hosts.counts()["spoofed"]
     with Server(hosts, 8443, addresses=[address], role="gate") as api:
-        with hosts.gate(dial, (address, 8443), client) as sock:
+        with full_socket(hosts.gate(dial, (address, 8443), client)) as sock:
             sock.settimeout(LOST_S)
             with pytest.raises(TimeoutError):
                 sock.recv(1)
@@ -373,7 +374,7 @@ def upstream(hosts, request):
     client, address = request.param
     hosts.apply()
     with hosts.on("server", socket.create_server, (address, 81), family=family(address)) as server:
-        sock = hosts.gate(dial, (address, 81), client)
+        sock = full_socket(hosts.gate(dial, (address, 81), client))
         near, _ = server.accept()
     with sock, near:
         yield sock, near
