@@ -341,7 +341,7 @@ class _Reader:
         for route in config.route:
             self._check_protocol(route)
             self._check_tls(route)
-        self._check_pair("tls.ca", config.tls.ca, config.tls.ca_key)
+        self._check_pair("tls.ca", config.tls.ca, "tls.ca_key", config.tls.ca_key)
         for account in config.account:
             if account.match == Match():
                 raise self.fail("account.match", f"account {account.name!r} has no selector")
@@ -378,20 +378,24 @@ class _Reader:
 
     def _check_tls(self, route: Route) -> None:
         """Refuse a route whose `tls_...` keys do not fit together."""
-        self._check_pair("route.tls_certificate", route.tls_certificate, route.tls_key)
-        self._check_pair("route.tls_ca", route.tls_ca, route.tls_ca)
+        certificate, key = route.tls_certificate, route.tls_key
+        self._check_pair("route.tls_certificate", certificate, "route.tls_key", key)
+        self._check_pair("route.tls_ca", route.tls_ca, "", route.tls_ca)
         if (route.tls_verify == "pinned") != bool(route.tls_ca):
-            raise self.fail("route.tls_verify", '"pinned" and tls_ca go together')
-        plain = route.tls == "passthrough"
-        if plain and (route.tls_certificate or route.tls_ca or route.tls_upstream == "plain"):
-            raise self.fail("route.tls", '"passthrough" opens nothing', 'set tls = "intercept"')
+            name = "route.tls_ca" if route.tls_ca else "route.tls_verify"
+            raise self.fail(name, '"pinned" and tls_ca go together')
+        if route.tls == "passthrough":
+            opening = {"certificate": certificate, "ca": route.tls_ca}
+            opening["upstream"] = route.tls_upstream.removeprefix("tls")
+            for name in (name for name, value in opening.items() if value):
+                hint = 'set tls = "intercept"'
+                raise self.fail(f"route.tls_{name}", "TLS is not opened here", hint)
 
-    def _check_pair(self, key: str, certificate: str, private: str) -> None:
-        if bool(certificate) != bool(private):
-            raise self.fail(key, "a certificate and its key go together")
-        for path in (certificate, private):
-            if path and not path.startswith("/"):
-                raise self.fail(key, f"{path!r} is no absolute path")
+    def _check_pair(self, key: str, value: str, other: str, value2: str) -> None:
+        if bool(value) != bool(value2):
+            raise self.fail(key if value else other, "a certificate and its key go together")
+        if any(path and not path.startswith("/") for path in (value, value2)):
+            raise self.fail(key, "must be an absolute path")
 
 
 def _name(value: Any) -> str:
