@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from appliance.lab.interrupt import interruptible
+from appliance.lab.running import LabError
 from bench.capture_check import CaptureCheck
 from bench.idle import idle
 from bench.pg import pg
@@ -54,6 +55,14 @@ def _version(argv: list[str]) -> str:
     return found[0] if found else "unknown"
 
 
+def _warn_of_memory() -> None:
+    """Say when TCP's memory is short on this machine: then the kernel, not a proxy, is measured."""
+    pages = re.search(r"^TCP:.* mem (\d+)", Path("/proc/net/sockstat").read_text(), re.MULTILINE)
+    low = int(Path("/proc/sys/net/ipv4/tcp_mem").read_text().split()[0])
+    if pages is not None and int(pages[1]) > low:
+        print("bench: other programs use up TCP's memory; wait for them to end", file=sys.stderr)
+
+
 def _words() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./run bench", description=__doc__)
     parser.add_argument("work", nargs="*", choices=[[], *WORKS], default=[])
@@ -85,11 +94,12 @@ def main() -> int:
     """Run the works and print the report; 1 when a capture differs from what was sent."""
     words = _words()
     interruptible(signal.SIGTERM, signal.SIGHUP)
+    _warn_of_memory()
     started = time.monotonic()
     report = Report(_machine())
     try:
         correct = _run(words, report)
-    except StageError as wrong:
+    except (StageError, LabError) as wrong:
         print(f"bench: {wrong}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

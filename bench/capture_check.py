@@ -9,12 +9,13 @@ the record.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from capture import frames
 from capture.frames import Kind, session_name
-from capture.records import KINDS, Operation, decode
+from capture.records import KINDS, Attributed, Operation, decode
 from capture.tail import SegmentReader
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 PIECE = 256 * 1024
 SMALL = 100
 HEADER = struct.Struct("<c7xQ")
-OPERATION = KINDS[Operation]
+ATTRIBUTED, OPERATION = KINDS[Attributed], KINDS[Operation]
 QUERY = "abalance"  #: stands in pgbench's statement and in none of its own questions
 MOST_TOLD = 10
 
@@ -89,6 +90,7 @@ class CaptureCheck:
         self._halves: dict[tuple[int, int], _Half] = {}
         self._modes: dict[int, tuple[bytes, int]] = {}
         self.recorded = Sent()
+        self.owners: Counter[str] = Counter()  #: sessions by how their owner was found
         self.compared = 0
         self.problems: list[str] = []
 
@@ -108,6 +110,9 @@ class CaptureCheck:
                 self._data(kind, session, offset, payload)
             elif kind == OPERATION and QUERY in decode(kind, payload)["text"]:
                 self.recorded.queries += 1
+            elif kind == ATTRIBUTED:
+                found_by = decode(kind, payload)
+                self.owners[found_by["reason"] or found_by["how"]] += 1
 
     def _data(self, kind: int, session: int, offset: int, payload: memoryview) -> None:
         if session not in self._modes:
@@ -166,5 +171,6 @@ class CaptureCheck:
         return [
             f"capture compared byte for byte: {self.compared} bytes, {differences}",
             f"recorded: {bulk}, {found.trips} round trips, {found.queries} queries",
+            f"owners: {', '.join(f'{count} {how}' for how, count in self.owners.most_common())}",
             *(f"DIFFERENT: {problem}" for problem in self.problems),
         ]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from bench.report import Report
     from bench.stage import Stage
 
-RUN_S = 3
+RUN_S = 2
 LATENCY = "us latency"
 
 

@@ -47,9 +47,12 @@ class Work:
 
 
 def interleaved(stage: Stage, report: Report, work: Work, rounds: int) -> None:
-    """Run every path once uncounted, then `rounds` times counted, each round from another start."""
+    """Run every proxy once uncounted, then `rounds` times counted, each round from another
+    start.
+    """
     for path in work.paths:
-        _once(stage, None, work, path)
+        if path != DIRECT:
+            _once(stage, None, work, path)
     for number in range(rounds):
         first = number % len(work.paths)
         for path in work.paths[first:] + work.paths[:first]:

@@ -116,7 +116,7 @@ class Stage:
     @property
     def behind(self) -> tuple[Path, ...]:
         """Return the cgroups of what works for the gate worker, and after it."""
-        return self.group("seal"), self.group("sensor")
+        return self.group("seal"), self.group("review"), self.group("sensor")
 
     def group(self, name: str) -> Path:
         """Return a program's cgroup."""
@@ -206,7 +206,8 @@ class Stage:
         subprocess.run([*_AS_POSTGRES, *initdb], check=True, stdout=subprocess.DEVNULL, cwd="/")
         (data / "pg_hba.conf").write_text("local all all trust\nhost all all all trust\n")
         words = {"listen_addresses": "*", "unix_socket_directories": str(folder), "fsync": "off",
-                 "max_connections": "1100", "shared_buffers": "256MB"}  # fmt: skip
+                 "max_connections": "1100", "shared_buffers": "256MB",
+                 "dynamic_shared_memory_type": "mmap"}  # fmt: skip  # nothing stays in /dev/shm
         options = [word for key, value in words.items() for word in ("-c", f"{key}={value}")]
         argv = [*_AS_POSTGRES, str(binaries / "postgres"), "-D", str(data), *options]
         self._start("postgresql", "server", argv)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from bench.stage import Stage
 
 BULK_BYTES = 300_000_000
-CONNECT_S = 2.0
-PINGPONG_S = 2.0
+CONNECT_S = 1.5
+PINGPONG_S = 1.5
 CONNECTIONS = 16
 
 

@@ -76,7 +76,8 @@ class Servers:
         _finish([*_AS_POSTGRES, *initdb])
         access = "local all all trust\nhost all all all scram-sha-256\n"
         (data / "pg_hba.conf").write_text(access, encoding="ascii")
-        words = {"listen_addresses": "*", "unix_socket_directories": str(folder), "fsync": "off"}
+        words = {"listen_addresses": "*", "unix_socket_directories": str(folder), "fsync": "off",
+                 "dynamic_shared_memory_type": "mmap"}  # fmt: skip  # nothing stays in /dev/shm
         settings = [text for key, value in words.items() for text in ("-c", f"{key}={value}")]
         argv = [*_AS_POSTGRES, str(binaries / "postgres"), "-D", str(data), *settings, *options]
         self._start("postgresql", argv)
