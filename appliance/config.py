@@ -22,6 +22,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from appliance.ports import Ports
+
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 EXIT_CONFIG = 78
 
@@ -56,34 +58,6 @@ class ConfigError(Exception):
         self.key = key
         self.line = line
         self.hint = hint
-
-
-@dataclass(frozen=True, slots=True)
-class Ports:
-    """A set of ports: `"all"`, or a list of ports and "low-high" ranges."""
-
-    ranges: tuple[tuple[int, int], ...] = ((1, 65535),)
-
-    def __contains__(self, port: int) -> bool:
-        return any(low <= port <= high for low, high in self.ranges)
-
-    @classmethod
-    def parse(cls, value: Any) -> Ports:
-        """Return the set that a TOML value means; ValueError otherwise."""
-        if value == "all":
-            return cls()
-        if not isinstance(value, list) or not value:
-            raise ValueError('ports are "all" or a list such as [5432, "8000-8100"]')
-        ranges = []
-        for item in value:
-            low, _, high = str(item).partition("-")
-            if isinstance(item, bool) or not low.isdecimal() or (high and not high.isdecimal()):
-                raise ValueError(f"{item!r} is no port")
-            pair = (int(low), int(high or low))
-            if not 1 <= pair[0] <= pair[1] <= 65535:
-                raise ValueError(f"{item!r} is no port range")
-            ranges.append(pair)
-        return cls(tuple(sorted(ranges)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +144,16 @@ class Http:
 
 
 @dataclass(frozen=True, slots=True)
+class Tls:
+    """[tls]"""
+
+    #: certificate of the gate's own authority; empty: ca.pem in `paths.state`, made when it is
+    #: not there
+    ca: str = ""
+    ca_key: str = ""  #: its key, mode 0600; empty: ca.key in `paths.state`
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """[[route]], first match wins"""
 
@@ -178,7 +162,7 @@ class Route:
         ipaddress.ip_network("0.0.0.0/0"),
         ipaddress.ip_network("::/0"),
     )  #: destination networks
-    ports: Ports = Ports()  #: destination ports
+    ports: Ports = field(default_factory=Ports)  #: destination ports
     protocol: str = "tcp"  #: "tcp", "udp", "icmp" or an IP protocol number
     #: "allow" is for what is not TCP: routed and counted
     action: Literal["intercept", "allow"] = "intercept"
@@ -186,6 +170,14 @@ class Route:
     on_evidence_failure: Literal["closed", "open"] = "closed"  #: when evidence cannot be written
     on_failure: Literal["closed", "bypass"] = "closed"  #: when no gate process is there
     source: Literal["client", "gate"] = "client"  #: whose address the upstream sees
+    tls: Literal["intercept", "passthrough"] = "passthrough"  #: whether TLS is opened
+    #: how the upstream's certificate is checked where TLS is opened
+    tls_verify: Literal["system", "pinned", "off"] = "system"
+    tls_ca: str = ""  #: file of the authorities that "pinned" means
+    tls_certificate: str = ""  #: file of the server's own certificate (chain), to show to clients
+    tls_key: str = ""  #: its key, mode 0600
+    #: "plain": TLS ends at the gate, and the upstream is spoken to in the clear
+    tls_upstream: Literal["tls", "plain"] = "tls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +215,7 @@ class Config:
     evidence: Evidence = field(default_factory=Evidence)
     attribution: Attribution = field(default_factory=Attribution)
     sensor: Sensor = field(default_factory=Sensor)
+    tls: Tls = field(default_factory=Tls)
     review: Review = field(default_factory=Review)
     http: Http = field(default_factory=Http)
     route: tuple[Route, ...] = ()
@@ -353,6 +346,8 @@ class _Reader:
                 raise self.fail(f"{kind}.name", f"{double!r} is there twice")
         for route in config.route:
             self._check_protocol(route)
+            self._check_tls(route)
+        self._check_pair("tls.ca", config.tls.ca, "tls.ca_key", config.tls.ca_key)
         for account in config.account:
             if account.match == Match():
                 raise self.fail("account.match", f"account {account.name!r} has no selector")
@@ -386,6 +381,27 @@ class _Reader:
             raise self.fail(
                 "route.action", f"{route.action!r} does not fit {route.protocol!r}", hint
             )
+
+    def _check_tls(self, route: Route) -> None:
+        """Refuse a route whose `tls_...` keys do not fit together."""
+        certificate, key = route.tls_certificate, route.tls_key
+        self._check_pair("route.tls_certificate", certificate, "route.tls_key", key)
+        self._check_pair("route.tls_ca", route.tls_ca, "", route.tls_ca)
+        if (route.tls_verify == "pinned") != bool(route.tls_ca):
+            name = "route.tls_ca" if route.tls_ca else "route.tls_verify"
+            raise self.fail(name, '"pinned" and tls_ca go together')
+        if route.tls == "passthrough":
+            opening = {"certificate": certificate, "ca": route.tls_ca}
+            opening["upstream"] = route.tls_upstream.removeprefix("tls")
+            for name in (name for name, value in opening.items() if value):
+                hint = 'set tls = "intercept"'
+                raise self.fail(f"route.tls_{name}", "TLS is not opened here", hint)
+
+    def _check_pair(self, key: str, value: str, other: str, value2: str) -> None:
+        if bool(value) != bool(value2):
+            raise self.fail(key if value else other, "a certificate and its key go together")
+        if any(path and not path.startswith("/") for path in (value, value2)):
+            raise self.fail(key, "must be an absolute path")
 
 
 def _name(value: Any) -> str:

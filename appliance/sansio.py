@@ -163,8 +163,17 @@ class Close(NamedTuple):
     reason: str
 
 
+class StartTls(NamedTuple):
+    """TLS begins after what was forwarded so far: the client's next bytes are its ClientHello, and
+    events go on with plaintext. With `both` the server waits for one, too; otherwise only the
+    client's side is TLS. Only where `Facts.opens_tls` says so.
+    """
+
+    both: bool
+
+
 Event = Data | Eof | Elapsed
-Effect = Forward | Audit | Hide | SetTimer | Relay | Close
+Effect = Forward | Audit | Hide | SetTimer | Relay | Close | StartTls
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +185,10 @@ class Facts:
     target: tuple[str, int]  #: original destination
     digest: Callable[[bytes], str]  #: keyed digest (HMAC) of bytes that must not be shown
     http: Http = field(default_factory=Http)  #: what is secret in HTTP besides the usual
+    opens_tls: bool = False  #: StartTls works here
+    in_tls: bool = False  #: the session is in TLS already, which the gate opened
+    plain_upstream: bool = False  #: the server's side is in the clear where the client's is TLS
+    same_certificate: bool = False  #: the client is shown the server's own certificate
 
 
 class Layer(Interface):

@@ -58,6 +58,37 @@ class Detected:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """A session uses TLS: what both sides said in the clear, and what came of it.
+
+    With "hello" it is written before anything of it leaves for the upstream; a second one says how
+    it went on.
+    """
+
+    #: "hello" (what the client offers), "established", "failed", "answered" (passthrough: what the
+    #: server's side shows)
+    stage: str
+    mode: str  #: "intercept" or "passthrough"
+    sni: str = ""  #: server name that the client gave, lower case
+    alpn_offered: tuple[str, ...] = ()
+    versions_offered: tuple[str, ...] = ()  #: "TLSv1.3", ...
+    ja4: str = ""  #: fingerprint of the ClientHello
+    alpn: str = ""  #: application protocol that the server chose
+    client_version: str = ""  #: of the connection between client and gate
+    client_cipher: str = ""
+    upstream_version: str = ""  #: of the connection that the server answers
+    upstream_cipher: str = ""
+    #: the server's certificates, its own first: {subject, issuer, names, not_after, sha256}
+    chain: tuple[dict[str, Any], ...] = ()
+    #: "system", "pinned" or "off": by what the chain was accepted; "no": it was not; "" not tried
+    verified: str = ""
+    presented: str = ""  #: SHA-256 of the certificate that the client was shown
+    certificate_asked: bool = False  #: the server asked for a client certificate
+    by: str = ""  #: "client", "upstream" or "gate": on whose side it failed
+    why: str = ""  #: reason of a failure, in OpenSSL's words where they are
+
+
 # Operation and Result are not frozen, the only ones: two are made for each statement, and a frozen
 # dataclass stores every field through object.__setattr__, which makes it four times as dear. Nobody
 # changes a record after it was made.
@@ -291,6 +322,7 @@ Record = (
     | Stop
     | Recovered
     | Heartbeat
+    | Tls
 )
 
 #: Frame kind of each record type (docs/evidence-format.md). Numbers are never reused. 1 to 9 are
@@ -315,6 +347,7 @@ KINDS: dict[type, int] = {
     Stop: 32,
     Recovered: 33,
     Heartbeat: 34,
+    Tls: 35,
 }
 TYPES: dict[int, type] = {number: record for record, number in KINDS.items()}
 

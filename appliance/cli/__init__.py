@@ -31,6 +31,7 @@ COMMANDS = {
     "token": "make, list or revoke tokens of the review API",
     "redirect": "plan, apply or undo the redirect",
     "doctor": "say what this machine lacks",
+    "ca": "print the certificate of the gate's authority",
     "config": "check or show the configuration",
     "lab": "three hosts on this machine, and the demo on them",
 }

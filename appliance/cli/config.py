@@ -16,7 +16,7 @@ from appliance.attribution import check_overlaps
 from appliance.cli import settings
 from appliance.cli.example import EXAMPLE
 from appliance.cli.outcome import OK
-from appliance.config import Ports
+from appliance.ports import Ports
 from capture import plainjson
 
 if TYPE_CHECKING:

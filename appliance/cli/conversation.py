@@ -196,6 +196,28 @@ def _close(fields: dict[str, Any]) -> list[str]:
     return [f".    close         {printable(fields['reason'])} by {fields['by']}{reference}"]
 
 
+def _tls(fields: dict[str, Any]) -> list[str]:
+    stage, mode = fields["stage"], fields["mode"]
+    mark = "!" if stage == "failed" else "."
+    names: tuple[str, ...]
+    if stage == "hello":
+        names = ("sni", "alpn_offered", "versions_offered", "ja4")
+    elif stage == "failed":
+        names = ("by", "why", "verified")
+    else:
+        names = (
+            "alpn", "client_version", "client_cipher", "upstream_version", "upstream_cipher",
+            "verified",
+        )  # fmt: skip
+    told = {name: fields[name] for name in names if fields[name]}
+    if fields["certificate_asked"]:
+        told["certificate_asked"] = True
+    found = [f"{mark}    tls           {printable(stage)}, {printable(mode)} {_values(told)}"]
+    for each in fields["chain"]:
+        found.append(printable(f"{each.get('subject', 'unreadable')}  sha256 {each['sha256']}"))
+    return found
+
+
 def _range(fields: dict[str, Any]) -> str:
     return f"{fields['side']}'s bytes {fields['offset']} to {fields['offset'] + fields['length']}"
 
@@ -247,5 +269,6 @@ _TELLS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "Gap": _gap,
     "Alarm": _alarm,
     "Decision": _decision,
+    "Tls": _tls,
     "SessionClose": _close,
 }

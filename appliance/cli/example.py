@@ -51,6 +51,10 @@ covers = ["10.20.0.0/16"]              # client addresses that the sensor answer
 # certificate = ""                     # PEM; "": review.crt in the state directory, self-signed
 # key = ""                             # PEM, mode 0600; both or none
 
+[tls]
+# ca = ""                              # the gate's own authority; made in paths.state when empty
+# ca_key = ""                          # its key, mode 0600
+
 # The first route that matches destination and port decides; TCP that none names is refused.
 [[route]]
 name = "databases"
@@ -60,6 +64,12 @@ durability = "fsync"                   # bytes leave when their record survives 
 on_evidence_failure = "closed"         # no evidence, no traffic; "open" goes on with a Gap
 on_failure = "closed"                  # no gate, no traffic; "bypass" routes and counts
 source = "client"                      # whose address the server sees; or "gate"
+tls = "intercept"                      # opened, and what is inside recorded; or "passthrough"
+tls_verify = "pinned"                  # how the server's certificate is checked: "system", "off"
+tls_ca = "/etc/narrows/servers.pem"    # the authorities that "pinned" means
+tls_certificate = "/etc/narrows/db.pem"  # the server's own, shown to clients: SCRAM-PLUS passes
+tls_key = "/etc/narrows/db.key"        # mode 0600
+tls_upstream = "tls"                   # "plain": the server is spoken to in the clear
 
 [[route]]
 name = "everything else"
@@ -67,6 +77,7 @@ name = "everything else"
 # ports = "all"
 # protocol = "tcp"
 # action = "intercept"
+# tls = "passthrough"                  # relayed as it is
 
 [[route]]
 name = "name service"

@@ -32,6 +32,7 @@ from appliance.sansio import (
 )
 from appliance.wire.pgbackend import Backend
 from appliance.wire.pgfrontend import Frontend
+from appliance.wire.pggreeting import Phase
 from appliance.wire.pgmessages import (
     CANCEL_REQUEST,
     GSSENC_REQUEST,
@@ -41,7 +42,7 @@ from appliance.wire.pgmessages import (
     error_response,
 )
 from appliance.wire.pgpipeline import Pipeline
-from appliance.wire.pgstartup import Phase, Startup
+from appliance.wire.pgstartup import Startup
 from appliance.wire.sql import Analyser
 
 ADMIN_SHUTDOWN = "57P01"  #: what a server says when an administrator ends a connection

@@ -20,6 +20,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from appliance.proxy.loop import DEAD, PLAIN, WRITE
+from appliance.proxy.tls.stream import TlsStream
 from appliance.proxy.upstream import abort
 from capture.errors import EvidenceError
 from capture.frames import session_name
@@ -45,8 +46,8 @@ class Direction:
 
     __slots__ = (
         "at_once", "back", "ended", "fd", "kind", "own_kind", "own_sent", "own_waits", "pending",
-        "reading", "received", "relay", "session", "shut", "side", "sink", "source", "unsent",
-        "unsent_bytes", "watched", "writing",
+        "reading", "received", "relay", "session", "shut", "side", "sink", "source", "stream",
+        "unsent", "unsent_bytes", "watched", "writing",
     )  # fmt: skip
 
     back: Direction  #: the other direction of the session
@@ -57,8 +58,9 @@ class Direction:
     ) -> None:  # fmt: skip
         self.session = session
         self.side = side
-        self.source = source
-        self.sink = sink
+        self.source: socket.SocketType | TlsStream = source
+        self.sink: socket.SocketType | TlsStream = sink
+        self.stream: TlsStream | None = None  #: the source, when the gate opened its TLS
         self.fd = source.fileno()
         self.kind = kind  #: frame kind of received bytes
         self.own_kind = own_kind  #: frame kind of the gate's own bytes sent to `sink`
@@ -100,12 +102,46 @@ class Direction:
             log.exception("session %s failed", name)
             self.session.close("error", "gate", reset=True)
 
+    def tls_event(self, mask: int) -> None:
+        """The loop says what is new on a source that is TLS, or was asked to call again."""
+        stream = self.stream
+        assert stream is not None
+        try:
+            if self.back.writing and mask & WRITE:
+                self.back.flush()
+            if mask & ~WRITE:
+                stream.told(behind=mask & ~PLAIN != 0)
+            if self.reading and stream.pending:
+                self.session.readable(self)
+                self.again()
+            elif mask & DEAD and not self.session.closed:
+                failed = self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                self.session.broken(self, failed)
+        except Exception:
+            name = session_name(self.session.number)
+            log.exception("session %s failed", name)
+            self.session.close("error", "gate", reset=True)
+
+    def take_tls(self, stream: TlsStream) -> None:
+        """Read and, in the direction back, write through `stream` from here on."""
+        self.source = self.stream = self.back.sink = stream
+        stream.told(behind=True)  # what the loop told of while the other leg was opened
+        if self.watched:
+            self.session.worker.sockets.rename(self.fd, self.tls_event)
+
+    def again(self) -> None:
+        """Ask for another turn for what a TLS source has decrypted, or could."""
+        if self.reading and self.stream is not None and self.stream.pending:
+            self.session.worker.sockets.soon(self.fd)
+
     def watch(self) -> None:
         """Have the loop look at the source, and look again at what was there before."""
         sockets = self.session.worker.sockets
-        if not self.watched:
+        if self.stream is not None and self.watched:
+            self.again()
+        elif not self.watched:
             self.watched = True
-            sockets.watch(self.fd, self.event)
+            sockets.watch(self.fd, self.event if self.stream is None else self.tls_event)
         elif self.pending:
             self.pending = False
             sockets.again(self.fd)
@@ -218,6 +254,16 @@ class Direction:
             self.pending = True
         return length
 
+    def pass_on(self, data: bytes) -> None:
+        """Record bytes that were received privately, and send them on. Raises EvidenceError."""
+        session = self.session
+        worker = session.worker
+        position = worker.writer.append(
+            self.kind, session.number, data, worker.now(), self.received
+        )
+        self.received += len(data)
+        self.send(data, 0, position)
+
     # -- sending -----------------------------------------------------------------------------------
 
     def send(self, data: memoryview | bytes, end: int, position: int, *, own: bool = False) -> None:
@@ -267,6 +313,8 @@ class Direction:
     def flush(self) -> None:
         """Send what is unsent, as far as the sink takes it and the disk has it."""
         if self.unsent is None:
+            if self.writing:
+                self.session.writable(self)
             return
         session = self.session
         durable = session.worker.writer.durable if session.waits_for_disk else -1
@@ -326,8 +374,12 @@ class Direction:
                 return  # both ways are ended: the session closes now, and that says the same
             try:
                 self.sink.shutdown(socket.SHUT_WR)
+            except BlockingIOError:
+                self.shut = False  # TLS has something to say first, and no room: `Session.writable`
+                self._want_write()
             except OSError:
                 pass  # it is gone already; the other direction will notice
+            self.back.again()  # TLS reads what is there before it says its end
 
     def drop(self) -> None:
         """Forget what is unsent."""
@@ -337,6 +389,8 @@ class Direction:
         self.unsent = None
         self.unsent_bytes = 0
         self.own_waits = self.writing = False
+        if self.back.stream is not None:
+            self.back.stream.forget()
 
     def close(self, *, reset: bool) -> None:
         """Forget claims and close the source."""
@@ -347,6 +401,6 @@ class Direction:
             self.watched = False
             self.session.worker.sockets.drop(self.fd)
         if reset:
-            abort(self.source)
+            abort(self.source.raw if isinstance(self.source, TlsStream) else self.source)
         else:
             self.source.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from appliance.proxy.tls.handshake import begin
 from appliance.sansio import (
     CLIENT,
     UPSTREAM,
@@ -19,12 +20,14 @@ from appliance.sansio import (
     Effect,
     Elapsed,
     Eof,
+    Facts,
     Forward,
     Hide,
     Origin,
     ProtocolError,
     Relay,
     SetTimer,
+    StartTls,
 )
 from capture.errors import EvidenceError
 from capture.frames import session_name
@@ -35,6 +38,18 @@ if TYPE_CHECKING:
     from appliance.proxy.session import Session
 
 log = logging.getLogger("narrows.session")
+
+
+def facts(session: Session) -> Facts:
+    """Return what a session's layer is told when it is made."""
+    route, in_tls = session.route, session.up.stream is not None
+    return Facts(
+        session.number, session.client, session.target, session.worker.keys.digest,
+        session.worker.config.http,
+        opens_tls=route.tls == "intercept" and not in_tls, in_tls=in_tls,
+        plain_upstream=route.tls_upstream == "plain",
+        same_certificate=bool(route.tls_certificate),
+    )  # fmt: skip
 
 
 def feed(
@@ -124,6 +139,8 @@ def run(session: Session, effects: list[Effect], now: int) -> None:
             relaying = True
         elif kind is Close:
             session.end_side(effect.side, effect.reason)  # type: ignore[union-attr]
+        elif kind is StartTls:
+            begin(session, b"", due=True)
         elif kind is SetTimer:
             _set_timer(session, effect)  # type: ignore[arg-type]
         if session.closed:

@@ -52,6 +52,7 @@ class Sockets(selectors.BaseSelector):
         self._control = selectors.EpollSelector()
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
+        self._soon: dict[int, None] = {}
         self._epoll.register(self._control.fileno(), READ)
 
     def watch(self, fd: int, handler: Callable[[int], None]) -> None:
@@ -65,18 +66,28 @@ class Sockets(selectors.BaseSelector):
         """Tell once more of what is there now."""
         self._epoll.modify(fd, EVERYTHING)
 
+    def soon(self, fd: int) -> None:
+        """Call the handler without an event in the next turn: what it is to read was taken from the
+        socket already (TLS).
+        """
+        self._soon[fd] = None
+
     def rename(self, fd: int, handler: Callable[[int], None]) -> None:
         """Give a watched descriptor another handler."""
         self._handlers[fd] = handler
 
     def drop(self, fd: int) -> None:
         """Watch a descriptor no more that is closed now: closing takes it out of the epoll."""
+        self._soon.pop(fd, None)
         del self._handlers[fd]
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Call the handlers of what happened; return what asyncio has to do."""
         wait = -1.0 if timeout is None else max(timeout, 0.0)
         handlers = self._handlers
+        if self._soon:
+            wait = 0.0
+            self._call_soon()
         mine = 0
         for fd, mask in self._epoll.poll(wait, MOST_EVENTS):
             handler = handlers.get(fd)
@@ -85,6 +96,13 @@ class Sockets(selectors.BaseSelector):
             else:
                 mine = 1
         return self._control.select(0) if mine else []
+
+    def _call_soon(self) -> None:
+        soon, self._soon = self._soon, {}
+        for fd in soon:
+            handler = self._handlers.get(fd)
+            if handler is not None:
+                handler(0)
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         """For asyncio."""

@@ -63,6 +63,9 @@ def begin(session: Session, now: int) -> None:
             session.down.drop()
         session.refuse("evidence cannot be written", "evidence")
         return
+    if session.handshake is not None:  # what it would relay are two halves of a handshake
+        session.close("evidence", "gate", reset=True)
+        return
     outage = session.outage = Outage(now)
     if session.prefix is not None:
         held_back = session.choose_nothing("evidence-unavailable")

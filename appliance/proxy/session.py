@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from appliance.protocols import discover
 from appliance.proxy import effects
-from appliance.proxy.detect import detect, expected
+from appliance.proxy.detect import TLS, detect, expected, passed
 from appliance.proxy.direction import Direction
 from appliance.proxy.loop import DEAD, ENDED, WRITE
 from appliance.proxy.standing import closed
+from appliance.proxy.tls.handshake import Handshake, begin, broken_later
 from appliance.proxy.upstream import why
-from appliance.sansio import CLIENT, FOREVER, UPSTREAM, Facts, Layer, Side
+from appliance.sansio import CLIENT, FOREVER, UPSTREAM, Layer, Side
+from appliance.wire.clienthello import may_begin
 from capture.errors import EvidenceError
 from capture.frames import Kind, session_name
 from capture.records import KINDS, Attributed, Detected, SessionClose
@@ -57,8 +59,9 @@ class Session:
 
     __slots__ = (
         "account", "attributed", "client", "closed", "connected", "down", "ending", "first_end",
-        "layer", "number", "operations", "outage", "prefix", "protocol", "read_last", "reason",
-        "route", "stalled", "started", "target", "timers", "up", "waits_for_disk", "worker",
+        "handshake", "layer", "number", "operations", "outage", "prefix", "protocol", "read_last",
+        "reason", "route", "stalled", "started", "target", "timers", "up", "waits_for_disk",
+        "worker",
     )  # fmt: skip
 
     layer: Layer
@@ -87,6 +90,7 @@ class Session:
         self.reason = ""
         self.read_last: object = None  #: what the layer wanted to read when that was last looked at
         self.timers: dict[str, Timer] | None = None
+        self.handshake: Handshake | None = None  #: while TLS is being opened
         #: while evidence cannot be written and the route says to go on
         self.outage: Outage | None = None
 
@@ -126,7 +130,9 @@ class Session:
         if not (self.attributed and self.connected) or self.closed:
             return
         running = not self.stalled
-        if self.prefix is None:
+        if self.handshake is not None:
+            reading: frozenset[Side] | None = frozenset({self.handshake.side})
+        elif self.prefix is None:
             reading = self.read_last = self.layer.reading
         else:
             reading = None
@@ -147,7 +153,9 @@ class Session:
     def readable(self, direction: Direction) -> None:
         """The loop says that `direction` has bytes."""
         try:
-            if self.outage is not None:
+            if self.handshake is not None:
+                self.handshake.moved(direction)
+            elif self.outage is not None:
                 self.outage.receive(direction)
             elif direction.relay:
                 direction.receive_relayed()
@@ -162,12 +170,21 @@ class Session:
         except EvidenceError:
             self.unrecordable()
 
+    def writable(self, direction: Direction) -> None:
+        """There is room again where a TLS leg had something of its own to say."""
+        if self.handshake is not None:
+            self.handshake.moved(direction.back)
+            return
+        direction.writing = False
+        if direction.ended:
+            self.flushed(direction)
+
     def feed(self, direction: Direction, data: memoryview | bytes, offset: int, now: int) -> None:
         """Give bytes that are in the evidence to the layer."""
         effects.feed(self, direction, data, offset, now)
 
     def unrecordable(self) -> None:
-        """Bytes were received and there is no memory to record them: they go nowhere."""
+        """There is no memory to record received bytes: they go nowhere."""
         if not self.closed:
             self.close("evidence", "gate", reset=True)
 
@@ -181,18 +198,32 @@ class Session:
             self.timers[name].cancel()
         self.timers[name] = self.worker.loop.call_later(delay_s, callback, *arguments)
 
+    def drop_timer(self, name: str) -> None:
+        """Do not call any more, if it was to be called."""
+        if self.timers is not None and name in self.timers:
+            self.timers.pop(name).cancel()
+
     # -- detection ---------------------------------------------------------------------------------
 
     def _detecting(self, direction: Direction) -> None:
         if direction.side is UPSTREAM:
             direction.pending = True
-            self._choose("opaque", "server-first")
+            if direction.stream is None or direction.stream.peek():
+                self._choose("opaque", "server-first")
             return
         data = direction.receive_private()
         if not data:
             return
         assert self.prefix is not None
         self.prefix = self.prefix + data if self.prefix else data
+        if self.route.tls == "intercept" and not self.up.stream and may_begin(self.prefix):
+            begin(self, self.prefix, due=False)
+        else:
+            self.detect()
+
+    def detect(self) -> None:
+        """Ask which protocol `prefix` belongs to. Raises EvidenceError."""
+        assert self.prefix is not None
         protocol, reason = detect(self.prefix, self.target[1])
         if protocol is not None:
             self._choose(protocol.name, reason)
@@ -200,11 +231,8 @@ class Session:
             self.set_timer(_DETECT, self.worker.config.gate.detect_ms / 1000, self._undecided)
 
     def _undecided(self) -> None:
-        if (
-            self.prefix is not None
-            and not self.closed
-            and not expected(self.prefix, self.target[1])
-        ):
+        prefix = self.prefix
+        if prefix is not None and not self.closed and not expected(prefix, self.target[1]):
             try:
                 self._choose("opaque", "undecided")
             except EvidenceError:
@@ -213,33 +241,23 @@ class Session:
     def _choose(self, name: str, reason: str) -> None:
         """Make a layer, and give it what was held back. Raises EvidenceError."""
         prefix, self.prefix = self.prefix, None
-        if self.timers is not None and _DETECT in self.timers:
-            self.timers.pop(_DETECT).cancel()
+        self.drop_timer(_DETECT)
         self.protocol = name
         worker = self.worker
         worker.lay(_DETECTED, self.number, worker.standing.detected(name, reason), worker.now())
+        if prefix and reason == TLS:
+            self.record(passed(prefix))
         if name == "opaque":
             self.layer = self.worker.opaque
             self.up.relay = self.down.relay = FOREVER
         else:
-            worker = self.worker
-            facts = Facts(
-                self.number, self.client, self.target, worker.keys.digest, worker.config.http
-            )
-            self.layer = discover()[name].layer(facts)
+            self.layer = discover()[name].layer(effects.facts(self))
         if prefix:
             if self.up.relay:
-                self._pass_on(prefix)
+                self.up.pass_on(prefix)
             else:
                 effects.feed_private(self, self.up, prefix)
         self.interest()
-
-    def _pass_on(self, data: bytes) -> None:
-        """Record bytes from the client that were held back, and send them on."""
-        up, worker = self.up, self.worker
-        position = worker.writer.append(up.kind, self.number, data, worker.now(), up.received)
-        up.received += len(data)
-        up.send(data, 0, position)
 
     def choose_nothing(self, reason: str) -> bytes:
         """Make a session that is being detected opaque; return what was held back, which is neither
@@ -266,6 +284,9 @@ class Session:
 
     def source_ended(self, direction: Direction) -> None:
         """The source sent FIN: pass it on after what is unsent, and close when both have."""
+        if self.handshake is not None:
+            self.handshake.ended(direction.side.value)
+            return
         direction.ended = True
         if self.ending is None and not direction.back.ended:
             self.first_end = direction.side.value
@@ -309,6 +330,10 @@ class Session:
 
     def broken(self, direction: Direction, failed: int) -> None:
         """The source was reset, or gave up with errno `failed`: reset the other side too."""
+        if self.handshake is not None:
+            self.handshake.ended(direction.side.value)
+            return
+        broken_later(self, direction, failed)
         try:
             effects.tell_end(self, direction, reset=True)
         except EvidenceError:
@@ -335,7 +360,7 @@ class Session:
             return
         self.ending = (reason, "gate")
         self.reason = message
-        if self.prefix is not None or not self.connected:
+        if self.prefix is not None or not self.connected or self.handshake is not None:
             self.close(reason, "gate", reset=bool(self.prefix) or not self.connected)
             return
         self.set_timer(_LINGER, LINGER_S, self._linger_over)
@@ -352,6 +377,9 @@ class Session:
         if self.closed:
             return
         self.closed = True
+        handshake, self.handshake = self.handshake, None
+        if handshake is not None:
+            handshake.told_of_end(reason, by)
         self.ending = (reason, by)
         if self.timers is not None:
             for timer in self.timers.values():

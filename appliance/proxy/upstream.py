@@ -14,6 +14,8 @@ import errno
 import os
 import socket
 
+from appliance.proxy.tls.stream import TlsStream
+
 IP_TRANSPARENT = 19
 IPV6_TRANSPARENT = 75
 IP_BIND_ADDRESS_NO_PORT = 24
@@ -66,8 +68,9 @@ def why(failed: int) -> str:
     return "unreachable"
 
 
-def given_up(sock: socket.SocketType) -> bool:
+def given_up(sock: socket.SocketType | TlsStream) -> bool:
     """Say whether the peer of an idle connection has reset it, and left nothing to read."""
+    assert not isinstance(sock, TlsStream), "TLS comes after the server was reached"
     try:
         sock.recv(1, socket.MSG_PEEK)
     except BlockingIOError:

@@ -23,6 +23,7 @@ from appliance.proxy.listener import Listener, open_listener, saved_syn, target_
 from appliance.proxy.refusal import Destinations
 from appliance.proxy.session import LINGER_S, Session
 from appliance.proxy.standing import Standing, closed
+from appliance.proxy.tls import Terminator
 from appliance.proxy.upstream import abort, dial
 from capture.errors import EvidenceError
 from capture.frames import session_name
@@ -64,7 +65,9 @@ class Worker:
         self, config: Config, number: int, loop: GateLoop, keys: Keys, attributor: Attributor,
         own: set[str],
     ) -> None:  # fmt: skip
-        """`own` are the gate's addresses, which no session may have as its target."""
+        """`own` are the gate's addresses, which no session may have as its target. Raises OSError,
+        ssl.SSLError or KeyFileError when a certificate or key of the configuration cannot be used.
+        """
         self.config = config
         self.number = number
         self.loop = loop
@@ -76,6 +79,7 @@ class Worker:
         self.accepted = self.ended = self.refused = 0
         self.opaque = Opaque()
         self.standing = Standing(number)
+        self.tls = Terminator(config)
         self.dialling = Dialling(loop, config.gate.connect_timeout_s)
         self.scratch = memoryview(bytearray(outage.SCRATCH_BYTES))
         self.writer: SegmentWriter

@@ -14,11 +14,16 @@ message by message.
     READY      ReadyForQuery came; both sides' rest is the next stage's
     CANCELLED  the client asked to cancel another session's query; the server answers by closing
     SEALED     the session went on in TLS and is not decoded
+    REFUSED    the gate answered with an error; both sides are being closed
+
+Where the gate opens TLS (`Facts.opens_tls`), the server's S is followed by both handshakes, and the
+client begins anew inside. Channel binding ties SCRAM to the certificate that the client saw; where
+that is the gate's, the mechanism with it is taken out of the server's list, and a client that says
+that it would have used it is refused: the server would take it for an attack.
 """
 
 from __future__ import annotations
 
-from enum import Enum
 from struct import Struct
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +39,10 @@ from appliance.sansio import (
     ProtocolError,
     Relay,
     Side,
+    StartTls,
 )
-from appliance.wire import pgmessages
+from appliance.wire import pgbinding, pggreeting, pgmessages
+from appliance.wire.pggreeting import Phase
 from appliance.wire.pgmessages import (
     CANCEL_REQUEST,
     GSSENC_REQUEST,
@@ -46,11 +53,9 @@ from appliance.wire.pgmessages import (
 )
 from appliance.wire.pgpipeline import told
 from appliance.wire.pgtypes import text_of
-from capture.records import Fact, Operation, Result, Withheld
+from capture.records import Fact, Result, Withheld
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from appliance.sansio import Data, Eof, Facts
 
 MOST_MESSAGE_BYTES = 65_536 + 64  #: the server's PG_MAX_AUTH_TOKEN_LENGTH, and its header
@@ -68,18 +73,6 @@ _TERMINATE = ord("X")
 _METHODS = {
     0: "none", 2: "kerberos", 3: "password", 5: "md5", 7: "gss", 9: "sspi", 10: "sasl",
 }  # fmt: skip
-_SECRET_ANSWERS = {8: "gss", 11: "sasl", 12: "sasl"}  #: requests that carry a server's secret
-
-
-class Phase(Enum):
-    """See the module's table."""
-
-    OPEN = "open"
-    ASKED = "asked"
-    STARTED = "started"
-    READY = "ready"
-    CANCELLED = "cancelled"
-    SEALED = "sealed"
 
 
 class Startup:
@@ -87,7 +80,7 @@ class Startup:
 
     __slots__ = (
         "_client", "_client_at", "_facts", "_gss_refused", "_mechanism", "_method", "_out",
-        "_server", "_server_at", "_ssl_refused", "authenticated", "parameters", "phase",
+        "_server", "_server_at", "_ssl_refused", "_tls", "authenticated", "parameters", "phase",
         "replication",
     )  # fmt: skip
 
@@ -101,6 +94,7 @@ class Startup:
         self._method = "none"
         self._mechanism = ""
         self._ssl_refused = self._gss_refused = False
+        self._tls = facts.in_tls  #: the gate opened it
         self.phase = Phase.OPEN
         self.authenticated = False
         self.replication = False
@@ -117,8 +111,16 @@ class Startup:
             return self._client_at, bytes(self._client)
         return self._server_at, bytes(self._server)
 
+    @property
+    def _unbound(self) -> bool:
+        """Say whether client and server see different certificates."""
+        facts = self._facts
+        return self._tls and not facts.plain_upstream and not facts.same_certificate
+
     def feed(self, data: Data, out: list[Effect]) -> None:
         """Decode bytes of either side. Raises ProtocolError."""
+        if self.phase is Phase.REFUSED:
+            return
         self._out = out
         kept, at = (
             (self._client, self._client_at)
@@ -194,43 +196,44 @@ class Startup:
         return True
 
     def _ask_ssl(self) -> None:
-        if self._ssl_refused:
+        if self._ssl_refused or self._tls:
             raise Malformed("SSLRequest came twice")
+        if self._facts.opens_tls and self._facts.plain_upstream:
+            self._answer_ssl()
+            return
         self._pass_client(_PACKET_BYTES)
         self.phase = Phase.ASKED
+
+    def _answer_ssl(self) -> None:
+        """Answer S in the server's place, which is spoken to in the clear."""
+        self._out.append(Audit(Withheld("client", self._client_at, _PACKET_BYTES, "tls")))
+        self._out.append(Forward(CLIENT, b"S", Origin.SYNTHESISED))
+        del self._client[:_PACKET_BYTES]
+        self._client_at += _PACKET_BYTES
+        if self._client:
+            raise Malformed("bytes came together with SSLRequest")
+        self._tls = True
+        self._out.append(StartTls(both=False))
 
     def _refuse_gss(self) -> None:
         """Answer N in the server's place: a session that goes to GSS encryption is not readable."""
         if self._gss_refused:
             raise Malformed("GSSENCRequest came twice")
         self._gss_refused = True
-        withheld = Withheld("client", self._client_at, _PACKET_BYTES, "gssenc")
-        self._out.append(Audit(withheld))
+        self._out.append(Audit(Withheld("client", self._client_at, _PACKET_BYTES, "gssenc")))
         self._out.append(Forward(CLIENT, b"N", Origin.SYNTHESISED))
         del self._client[:_PACKET_BYTES]
         self._client_at += _PACKET_BYTES
 
     def _cancel(self, packet: bytes) -> None:
-        if len(packet) < 16:
-            raise Malformed("a cancel request has a key")
-        (pid,) = _INT4(packet, 8)
-        key_digest = self._facts.digest(packet[12:])
-        target = "{}:{}".format(*self._facts.target)
-        named = {"pid": pid, "key_digest": key_digest, "target": target}
-        operation = Operation(
-            1, "CANCEL", f"cancel {pid}", self._client_at, len(packet), binds=(named,),
-            kind="cancel",
-        )  # fmt: skip
-        self._out.append(Audit(operation))
-        self._fact("cancel", named)
+        self._out.extend(pggreeting.cancel(packet, self._client_at, self._facts))
         self._pass_client(len(packet))
         self.phase = Phase.CANCELLED
 
     def _start(self, packet: bytes, code: int) -> None:
-        parameters = pgmessages.startup_parameters(packet[8:])
-        version = f"{code >> 16}.{code & 0xFFFF}"
-        self._fact("startup", {"protocol": version, "parameters": parameters})
-        mode = parameters.get("replication", "").lower()
+        fields = pggreeting.startup(packet, code)
+        self._fact("startup", fields)
+        mode = fields["parameters"].get("replication", "").lower()
         self.replication = mode in ("database", "true", "on", "yes", "1")
         self._pass_client(len(packet))
         self.phase = Phase.STARTED
@@ -254,8 +257,18 @@ class Startup:
             self._hide(data, at + _HEADER_BYTES, at + end, self._secret)
             if len(client) < end:
                 return
-            self._name_mechanism(bytes(client[_HEADER_BYTES:end]))
+            body = bytes(client[_HEADER_BYTES:end])
+            first = self._method == "sasl" and not self._mechanism
+            if first and self._unbound and pgbinding.binds(body):
+                self._refuse_binding()
+                return
+            self._name_mechanism(body)
             self._pass_client(end)
+
+    def _refuse_binding(self) -> None:
+        self._out.extend(self.withhold("channel-binding"))
+        self._out.extend(pgbinding.refusal(self._facts.session))
+        self.phase = Phase.REFUSED
 
     @property
     def _secret(self) -> str:
@@ -284,13 +297,17 @@ class Startup:
             if not 4 <= length <= MOST_MESSAGE_BYTES:
                 raise Malformed(f"a message of type {kind} has {length} bytes")
             end = 1 + length
-            for start, secret in _server_secrets(kind, server):
+            for start, secret in pggreeting.secrets(server):
                 at = self._server_at
                 self._hide(data, at + start, at + end, secret)
             if len(server) < end:
                 return
             self._server_message(kind, bytes(server[_HEADER_BYTES:end]))
-            self._pass_server(end)
+            offered = pgbinding.without(bytes(server[:end])) if self._unbound else None
+            if offered is None:
+                self._pass_server(end)
+            else:
+                self._replace_server(end, offered)
 
     def _ssl_answer(self) -> bool:
         """Handle the byte that answers SSLRequest; False when the session is TLS from here on."""
@@ -305,6 +322,12 @@ class Startup:
         if answer == ord("S"):
             if len(self._server) > 1:
                 raise Malformed("bytes came together with the answer to SSLRequest")
+            if self._facts.opens_tls:
+                self._pass_server(1)
+                self._out.append(StartTls(both=True))
+                self._tls = True
+                self.phase = Phase.OPEN
+                return False
             self._fact("undecoded", {"why": "tls", "secrets": "unparsed"})
             self._pass_server(1)
             self._out.append(Relay(CLIENT, FOREVER))
@@ -334,7 +357,7 @@ class Startup:
             name = "error" if kind == ord("E") else "notice"
             self._fact(name, {"sqlstate": sqlstate, "message": message, **told(fields)})
         elif kind == ord("v"):
-            self._negotiated(body)
+            self._fact("negotiate", pggreeting.negotiated(body))
         elif kind == ord("Z"):
             self._fact("parameter", dict(self.parameters))
             self.phase = Phase.READY
@@ -354,13 +377,11 @@ class Startup:
         self._fact("authentication", fields)
         self.authenticated = True
 
-    def _negotiated(self, body: bytes) -> None:
-        if len(body) < 8:
-            raise Malformed("NegotiateProtocolVersion is cut")
-        version, count = _PACKET(body, 0)
-        refused = pgmessages.strings(body, 8, min(count, len(body)))
-        minor = version & 0xFFFF  # servers send the minor number alone or the whole version
-        self._fact("negotiate", {"protocol": f"3.{minor}", "refused": refused})
+    def _replace_server(self, length: int, by: bytes) -> None:
+        self._out.append(Audit(Withheld("upstream", self._server_at, length, "channel-binding")))
+        self._out.append(Forward(CLIENT, by, Origin.SYNTHESISED))
+        del self._server[:length]
+        self._server_at += length
 
     def _pass_server(self, length: int) -> None:
         self._out.append(Forward(CLIENT, bytes(self._server[:length])))
@@ -377,6 +398,8 @@ class Startup:
     def finish(self, event: Eof) -> list[Effect]:
         """A side ended. That is also the only answer to a cancel request."""
         out: list[Effect] = []
+        if self.phase is Phase.REFUSED:
+            return out
         if event.side is CLIENT or event.reset:
             out = self.withhold("reset" if event.reset else "incomplete")
         if self.phase is Phase.CANCELLED and event.side is UPSTREAM:
@@ -394,13 +417,3 @@ class Startup:
         self._client.clear()
         self._server.clear()
         return out
-
-
-def _server_secrets(kind: int, message: bytearray) -> Iterator[tuple[int, str]]:
-    """Yield (where a secret begins in the message, its kind); it goes to the message's end."""
-    if kind == ord("K"):
-        yield _HEADER_BYTES + 4, "cancel-key"
-    elif kind == ord("R") and len(message) >= _HEADER_BYTES + 4:
-        secret = _SECRET_ANSWERS.get(_INT4(message, _HEADER_BYTES)[0])
-        if secret is not None:
-            yield _HEADER_BYTES + 4, secret

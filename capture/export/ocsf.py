@@ -61,7 +61,7 @@ _OUTCOMES = {
 }
 _TOLD = {
     "Gap": "gaps", "Alarm": "alarms", "Hidden": "hidden", "Withheld": "withheld",
-    "Decision": "decisions", "Fact": "facts",
+    "Decision": "decisions", "Fact": "facts", "Tls": "tls",
 }  # fmt: skip
 #: Facts that every session has and nobody asks for.
 _UNTOLD = frozenset({"parameter", "backend-key"})
