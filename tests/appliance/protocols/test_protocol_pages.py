@@ -17,6 +17,13 @@ LAYER = ROOT / "appliance/protocols/postgresql.py"
 SOURCES = [*sorted((ROOT / "appliance").glob("wire/pg*.py")), LAYER]
 
 
+def transcripts_of(protocol):
+    """Return the recorded sessions of one protocol, of which there are some."""
+    found = [each for each in all_transcripts() if each.protocol == protocol]
+    assert found
+    return found
+
+
 def calls(*names):
     """Yield the first constant argument of every call of one of `names` in the layer's code."""
     for path in SOURCES:
@@ -46,7 +53,7 @@ def test_every_reason_to_withhold_is_listed(why):
 
 def test_what_recorded_sessions_say_is_listed_with_its_fields():
     seen = set()
-    for transcript in all_transcripts():
+    for transcript in transcripts_of("postgresql"):
         replay = run(transcript)
         for fact in replay.of(Fact):
             row = re.search(rf"^\| `{fact.kind}` \|.*$", FACTS, re.MULTILINE)[0]
@@ -64,3 +71,18 @@ def test_what_recorded_sessions_say_is_listed_with_its_fields():
         for *_, kind in replay.hidden:
             assert f"`{kind}`" in PAGE
     assert len(seen) > 7
+
+
+def test_what_recorded_http_sessions_say_is_on_its_page():
+    page = (ROOT / "docs/protocols/http1.md").read_text(encoding="utf-8")
+    seen = set()
+    for transcript in transcripts_of("http1"):
+        replay = run(transcript)
+        seen |= {type(each) for each in replay.of((Fact, Operation, Result))}
+        for fact in replay.of(Fact):
+            row = re.search(rf"^\| `{fact.kind}` \|.*$", page, re.MULTILINE)[0]
+            assert all(f"`{field}`" in row for field in fact.fields), fact
+        assert all(f"`{operation.kind}`" in page for operation in replay.of(Operation))
+        assert all(f"`{key}`" in page for result in replay.of(Result) for key in result.detail)
+        assert all(f"`{withheld.why}`" in page for withheld in replay.of(Withheld))
+    assert seen == {Fact, Operation, Result}
