@@ -103,6 +103,11 @@ class Attributor:
         return self._link.connected
 
     @property
+    def sensor_pid(self) -> int:
+        """Return the process id of the sensor that is connected; 0 without one."""
+        return self._link.pid if self._link.connected else 0
+
+    @property
     def waiting(self) -> int:
         """Return how many connections wait for an answer."""
         waiting = [*self._by_handle.values(), *self._by_key.values()]

@@ -102,6 +102,7 @@ class SensorLink:
         self.covers: tuple[Network, ...] = self._configured
         self.lost = 0  #: events that this sensor lost, by its own count
         self.connected = False  #: a HELLO came on the present connection
+        self.pid = 0  #: process that listens at the other end; 0 without a connection
         self._connect()
 
     @property
@@ -168,10 +169,11 @@ class SensorLink:
         except BaseException:
             sock.close()
             raise
-        uid = _PEER.unpack(credentials)[1]
+        pid, uid, _ = _PEER.unpack(credentials)
         if uid not in {0, os.geteuid()}:
             sock.close()
             raise PermissionError(f"the sensor's socket belongs to uid {uid}")
+        self.pid = pid
         return sock
 
     def _disconnect(self) -> None:
@@ -179,6 +181,7 @@ class SensorLink:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
             self._sock = None
+            self.pid = 0
         if self.connected:
             self.connected = False
             self._away_since = time.monotonic()

@@ -375,7 +375,8 @@ class Worker:
             "accepted": self.accepted, "closed": self.ended, "refused": self.refused,
             "position": self.writer.position, "durable": self.writer.durable,
             "failed": str(self.writer.failed or ""),
-            "sensor": self.attributor.connected, "stalled": len(self._stalled),
+            "sensor": self.attributor.connected, "sensor_pid": self.attributor.sensor_pid,
+            "stalled": len(self._stalled),
         }  # fmt: skip
 
     # -- heartbeat ---------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ class Watched:
         self.cgroup = cgroups.make(cgroups.root() / self.name)
         self.sensor = None
         self._gates = []
+        self._spawned = []
         netns.create(self.name)
         with NetNS(self.name) as ip:
             lo = ip.link_lookup(ifname="lo")[0]
@@ -106,6 +107,11 @@ class Watched:
     def close(self):
         self.stop()
         cgroups.remove(self.cgroup)
+        for process in self._spawned:  # those too that were moved into another cgroup
+            process.kill()
+            process.wait()
+            for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
+                pipe.close()
         netns.remove(self.name)
 
     def gate(self):
@@ -127,7 +133,9 @@ class Watched:
     def spawn(self, argv, *, cgroup=None, **options):
         """Start a program inside the cgroup and the namespace."""
         group = self.cgroup if cgroup is None else cgroup
-        return topology.start(self.name, list(map(str, argv)), cgroup=group, **options)
+        process = topology.start(self.name, list(map(str, argv)), cgroup=group, **options)
+        self._spawned.append(process)
+        return process
 
     def run(self, argv, *, check=True, **options):
         """Run a program to its end while the sensor works; return (pid, exit code)."""

@@ -4,6 +4,7 @@ import subprocess
 from contextlib import contextmanager
 
 from short_lives import program
+from staging import end
 
 from capture.follow import Follower
 from capture.frames import FIRST_RECORD, walk
@@ -21,8 +22,7 @@ def echo(stage, port=PORT):
         assert process.stdout.readline() == "ready\n"
         yield
     finally:
-        process.kill()
-        process.communicate()
+        end(process)
 
 
 class Sessions:

@@ -15,6 +15,8 @@ import threading
 import time
 from pathlib import Path
 
+from staging import end
+
 from appliance.config import load
 from appliance.lab import topology
 from appliance.lab.topology import CLIENT4, CLIENT6, SERVER4, SERVER6
@@ -95,7 +97,10 @@ class Hosts:
             self.namespace(role), argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             **options,
         )  # fmt: skip
-        out, err = process.communicate(timeout=30)
+        try:
+            out, err = process.communicate(timeout=30)
+        finally:
+            end(process)
         return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
     def nft(self, *words):

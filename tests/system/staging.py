@@ -1,5 +1,6 @@
 """A real gate between real hosts for system tests: an `appliance.lab` lab with names of its own."""
 
+import contextlib
 import json
 import os
 import socket
@@ -40,8 +41,37 @@ def wait_for(condition, longest_s=20.0, what="condition"):
     return found
 
 
+def end(process):
+    """End a process that may have ended, wait for it and close its pipes."""
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
 class Stage(Lab):
     """A lab for one test or module; `up` and `down` are the fixture's business."""
+
+    def __init__(self, place):
+        super().__init__(place)
+        self._spawned = []
+
+    def spawn(self, *words, **options):
+        """Start a program on a host; `down` ends it, whatever became of the test meanwhile."""
+        process = super().spawn(*words, **options)
+        self._spawned.append(process)
+        return process
+
+    def down(self):
+        """End what was started here, and take the lab down."""
+        try:
+            super().down()
+        finally:
+            while self._spawned:
+                end(self._spawned.pop())
 
     def narrows(self, *words, check=True):
         """Run the command line against this gate, in the gate's namespace."""
@@ -51,7 +81,10 @@ class Stage(Lab):
             self.place.topology.namespace("gate"), argv, text=True, env=environment,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        out, err = done.communicate(timeout=60)
+        try:
+            out, err = done.communicate(timeout=60)
+        finally:
+            end(done)
         assert not check or done.returncode == 0, f"{words}: {done.returncode}\n{out}\n{err}"
         return subprocess.CompletedProcess(argv, done.returncode, out, err)
 
@@ -64,9 +97,7 @@ class Stage(Lab):
         try:
             out, err = process.communicate(timeout=longest_s)
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            end(process)
         assert not check or process.returncode == 0, f"{argv}: {process.returncode}\n{out}\n{err}"
         return subprocess.CompletedProcess(argv, process.returncode, out, err)
 

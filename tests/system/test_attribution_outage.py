@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from attributed import PORT, Sessions, echo
 from short_lives import FIRST_PORT, program
-from staging import Stage, own_place, wait_for
+from staging import Stage, end, own_place, wait_for
 
 from appliance import live
 from appliance.lab.place import BLOB
@@ -58,7 +58,7 @@ class Daemon:
         return self
 
     def __exit__(self, *_):
-        self._process.communicate()
+        end(self._process)
 
     def connect(self, port):
         print(port, file=self._process.stdin, flush=True)
@@ -87,10 +87,24 @@ def attached(cgroup):
     return count
 
 
-def connected(stage):
-    """Say whether every worker has a sensor."""
+def told(stage):
+    """Return the process ids of the sensors that the workers are connected to; 0 is none."""
     paths = live.workers(stage.config.paths.run)
-    return all(live.ask(path, {"do": "stats"})["sensor"] for path in paths)
+    return {live.ask(path, {"do": "stats"})["sensor_pid"] for path in paths}
+
+
+def sensing(stage, but=0):
+    """Return the process id of a sensor that every worker listens to, and that is not `but`.
+
+    What the workers say of one that was killed a moment ago, and what the supervisor does, may both
+    be old: only the two together, with another process id than before, are a new sensor.
+    """
+
+    def new():
+        found = stage.pids("sensor")
+        return found[0] if found and but not in found and told(stage) == {*found} else None
+
+    return wait_for(new, what="a sensor")
 
 
 def test_a_dead_sensor_leaves_nothing_and_sessions_say_so_until_it_is_back(stage):
@@ -102,11 +116,11 @@ def test_a_dead_sensor_leaves_nothing_and_sessions_say_so_until_it_is_back(stage
         assert (before["account"], before["how"]) == ("backup-job", "syn")
         assert attached(stage.place.clients) == 3
 
-        (pid,) = stage.pids("sensor")
+        pid = sensing(stage)
         os.kill(supervisor, signal.SIGSTOP)  # nobody starts it again meanwhile
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: attached(stage.place.clients) == 0, what="the end of the links")
-        wait_for(lambda: not connected(stage))
+        wait_for(lambda: told(stage) == {0}, what="the workers' notice")
         time.sleep(1.1)  # for that long a new sensor's word is waited for
         old.connect(43_001)
         without = attributed(stage, 43_001)
@@ -114,7 +128,7 @@ def test_a_dead_sensor_leaves_nothing_and_sessions_say_so_until_it_is_back(stage
         assert without["owner"] is None
 
         os.kill(supervisor, signal.SIGCONT)
-        wait_for(lambda: connected(stage), what="the new sensor")
+        sensing(stage, but=pid)
         old.connect(43_002)
         again = attributed(stage, 43_002)
         assert (again["account"], again["how"]) == ("backup-job", "syn")
@@ -131,10 +145,10 @@ def test_a_sensor_that_dies_under_load_costs_names_and_never_gives_a_wrong_one(s
         argv = [program(), "spawn", "0", str(count), "1", SERVER4, str(PORT)]
         spawner = stage.spawn("client", argv, account="backup-job", stdout=-1, text=True)
         sessions = Sessions(stage)
+        pid = 0
         for share in (4, 2):
             wait_for(lambda share=share: len(sessions.more().opened()) > count / share, 60)
-            wait_for(lambda: connected(stage), what="a sensor")
-            (pid,) = stage.pids("sensor")
+            pid = sensing(stage, but=pid)
             os.kill(pid, signal.SIGKILL)
         out, _ = spawner.communicate(timeout=100)
         assert spawner.returncode == 0
@@ -199,7 +213,7 @@ def test_what_the_sensor_lost_is_in_the_heartbeats_and_the_next_session_has_its_
     try:
         paths = f'state = "{place.disk}/state"\nrun = "{place.memory}"\nblob = "{small}"\n'
         stage.up(f"{PATIENT}\n[paths]\n{paths}")
-        (pid,) = stage.pids("sensor")
+        pid = sensing(stage)
         os.kill(pid, signal.SIGSTOP)
         stage.client([sys.executable, "-c", NOISE, CLIENT4])
         os.kill(pid, signal.SIGCONT)

@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).parents[1] / "contract"))
 
 from pglog import statements
 from pgserver import PgServer
+from staging import end
 
 from appliance.lab import topology
 from capture.verify import verify
@@ -111,7 +112,10 @@ def test_every_statement_that_the_server_ran_survives_fifty_kills():
                 time.sleep(0.5)  # the last lives have their say as well
             finally:
                 load.stdin.close()
-                load.wait(60)
+                try:
+                    load.wait(60)
+                finally:
+                    end(load)
             logged = statements(server.log)
         for number in (0, 1, SEAL):
             assert gate.stop(number) == 0, gate.log(number).read_text()[-2000:]

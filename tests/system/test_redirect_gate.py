@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from redirect_hosts import CLIENTS, Hosts, Server
-from staging import wait_for
+from staging import end, wait_for
 
 from appliance import live
 from appliance.cli.outcome import FAILED, NOT_FOUND, OK, REFUSED, UNAVAILABLE
@@ -86,8 +86,11 @@ ports = [8443]
     def stop(self, number=signal.SIGTERM):
         if self._process is not None:
             self._process.send_signal(number)
-            _, self.log = self._process.communicate(timeout=20)
-            self._process = None
+            try:
+                _, self.log = self._process.communicate(timeout=20)
+            finally:
+                end(self._process)
+                self._process = None
 
     def narrows(self, *words):
         argv = [sys.executable, "-m", "appliance", "redirect", *words, "--config", self.config.file]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from gate_hosts import SERVER4, Gate, Reader, digest, pattern, raise_descriptors, until
+from staging import end
 
 from appliance.lab import topology
 
@@ -37,9 +38,7 @@ def echo(gate, port):
         assert server.stdout.readline() == b"ready\n"
         yield
     finally:
-        server.stdin.close()
-        server.wait(10)
-        server.stdout.close()
+        end(server)
 
 
 @contextlib.contextmanager
