@@ -311,11 +311,6 @@ class _Run:
         return self._last.final
 
     @property
-    def ends(self) -> bool:
-        """Say whether the run has the segment's final commit."""
-        return self._last.final
-
-    @property
     def begins(self) -> bool:
         """Say whether the run has the segment's first commit."""
         return bool(self._header)
