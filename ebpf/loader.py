@@ -27,6 +27,7 @@ from ebpf import syscalls
 from ebpf.btf import Types, TypesMissing
 from ebpf.build import FORMAT, PROGRAMS, source_hash
 from ebpf.events import (
+    IDENT,
     PROCESS,
     RECORD,
     RECORD_HEAD,
@@ -238,6 +239,10 @@ class Programs:
         process = self.process(pid) or Process(0, 0, 0, 0, 0)
         changed = process._replace(flags=process.flags | SKIPPED)
         syscalls.map_put(self.maps["processes"], key, changed.pack())
+
+    def connects(self, cookie: bytes) -> bool:
+        """Say whether a socket that was noted at `connect` is not established yet."""
+        return syscalls.map_get(self.maps["sockets"], cookie, IDENT.size) is not None
 
     def record(self, handle: int) -> Record | None:
         """Return what the kernel recorded of a handle, also when the process is gone."""

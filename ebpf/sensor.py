@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from ebpf import events, procfs, syscalls
 from ebpf.census import Census
 from ebpf.cgroups import Cgroups
+from ebpf.connecting import AGAIN_S, Connecting
 from ebpf.events import Message, Record, Settings
 from ebpf.hashing import Hasher
 from ebpf.host import AlreadyRunning, Host, StartLock, this_host
@@ -57,6 +58,8 @@ BATCH = 64  # events that are taken before something is sent on
 #: the gates. An event that comes alone is passed on at once.
 NAP_S = 0.0002
 COUNT_S = 0.05  # how soon losses are looked for after something happened
+#: Losses that may be of a connect event.
+_CONNECTS = ("connect_ring", "cookies", "skipped")
 _CONNECT_HEAD = events.message(Message.CONNECT, bytes(events.CONNECT.size))[:5]
 _WHO = struct.Struct("<Q")
 _TGID = struct.Struct("<40xI")
@@ -128,12 +131,15 @@ class Sensor:
         self._batched = 0
         self._stopping = False
         self._count_at = 0.0
+        self._again_at = 0.0
+        self._connects_lost = 0
         self._poll = self._own(select.epoll())
         mount = procfs.cgroup_mount()
         within = settings.cgroup.resolve().relative_to(mount.resolve())
         base = events.base(self._host.number, self._host.epoch)
         self._programs = self._own(Programs.load(fitting(settings.blob)))
         self._configure(settings, base, len(within.parts))
+        self._connecting = Connecting(self._programs.connects)
         self._records = self._own(self._programs.ring("record_ring"))
         self._connects = self._own(self._programs.ring("connect_ring"))
         self._opens = self._own(ExecOpens()) if _has_fanotify() else None
@@ -145,7 +151,7 @@ class Sensor:
         )  # fmt: skip
         hello = events.message(Message.HELLO, _hello(self._host, self._key, settings))
         self._server = self._own(
-            Server(settings.socket, self._poll, hello, self._asked, self._programs.skip_process,
+            Server(settings.socket, self._poll, hello, self._asked, self._came,
                    settings.queue_bytes)
         )  # fmt: skip
         found = self._census.scan()
@@ -269,9 +275,30 @@ class Sensor:
         (handle,) = _WHO.unpack_from(event)
         if handle not in self._census.owners:
             self._census.connected(handle, _TGID.unpack_from(event)[0])
+        body = bytes(event)
+        self._connecting.add(body)
+        if not self._again_at:
+            self._again_at = time.monotonic() + AGAIN_S
         self._batch += _CONNECT_HEAD
-        self._batch += event
+        self._batch += body
         self._batched += 1
+
+    def _came(self, pid: int) -> list[bytes]:
+        """A gate connected: leave its sockets alone, and return what it missed."""
+        self._programs.skip_process(pid)
+        return self._still_connecting()
+
+    def _still_connecting(self) -> list[bytes]:
+        self._losses()
+        waiting = self._connecting.waiting(time.monotonic_ns())
+        return [_CONNECT_HEAD + body for body in waiting]
+
+    def _tell_again(self) -> None:
+        """Gates forget connects that they could not use: tell those that still wait again."""
+        told = self._still_connecting()
+        if told:
+            self._server.broadcast(b"".join(told), len(told))
+        self._again_at = time.monotonic() + AGAIN_S if told else 0.0
 
     def _publish(self, owner: Owner) -> None:
         self._batch += events.message(Message.OWNER, owner.encoded())
@@ -291,14 +318,21 @@ class Sensor:
         if self._count_at and self._count_at <= now:
             self._count_at = 0.0
             self._server.report(self._losses())
-        due = [self._count_at, self._census.due_ns / 1e9]
+        if self._again_at and self._again_at <= now:
+            self._tell_again()
+        due = [self._count_at, self._again_at, self._census.due_ns / 1e9]
         if self._opens is not None:
             due.append(self._opens.expire() / 1e9)
         nearest = min(filter(None, due), default=0.0)
         return max(nearest - now, 0.0) if nearest else -1
 
     def _losses(self) -> dict[str, int]:
+        """Return the counters; where a connect event was lost, older ones are not told again."""
         counters = self._programs.lost()
+        connects = sum(counters.get(name, 0) for name in _CONNECTS)
+        if connects > self._connects_lost:
+            self._connects_lost = connects
+            self._connecting.forget()
         counters["digests"] = self._hasher.refused
         counters["opens"] = self._opens.overflows if self._opens is not None else 0
         return counters

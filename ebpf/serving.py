@@ -1,5 +1,7 @@
 """The sensor's unix socket: what was seen goes to every gate worker, questions come back.
 
+A worker that connects gets HELLO, then the connects that may be waiting for it.
+
 Any number of clients, root only (SO_PEERCRED). The messages are those of `ebpf.events`. Nobody
 waits for a client: each has a queue of its own, and what does not fit into it is dropped for this
 client alone and counted; LOST tells it as soon as it reads again. A client that says something else
@@ -83,13 +85,13 @@ class Server:
         poll: select.epoll,
         hello: bytes,
         asked: Callable[[int], Iterable[bytes]],
-        came: Callable[[int], None],
+        came: Callable[[int], list[bytes]],
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
         """Listen at `path`, 0600; a socket that a dead sensor left is replaced.
 
         `asked` answers a question with whole messages; `came` is told the process id of each
-        client.
+        client, and returns the messages that follow HELLO.
         """
         self._poll, self._hello, self._asked, self._came = poll, hello, asked, came
         self._path, self._queue_bytes = path, queue_bytes
@@ -162,8 +164,8 @@ class Server:
         client = Client(sock, pid, self._queue_bytes)
         self._clients[sock.fileno()] = client
         self._poll.register(sock, select.EPOLLIN)
-        self._came(pid)
-        self._give(client, self._hello, 1)
+        told = [self._hello, *self._came(pid)]
+        self._give(client, b"".join(told), len(told))
         self.report(self._counters)
 
     def _give(self, client: Client, data: bytes | bytearray, count: int) -> None:

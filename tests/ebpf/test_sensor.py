@@ -31,6 +31,13 @@ import socket, sys
 for _ in range(int(sys.argv[3])):
     socket.create_connection((sys.argv[1], int(sys.argv[2]))).close()
 """
+TRY = """
+import socket, sys
+s = socket.socket()
+s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+s.bind(("", int(sys.argv[3])))
+s.connect((sys.argv[1], int(sys.argv[2])))
+"""
 MPTCP = """
 import socket, sys
 socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262).connect((sys.argv[1], int(sys.argv[2])))
@@ -218,6 +225,75 @@ def test_the_option_is_left_away_after_retries_and_the_connection_comes_about(id
         (event,) = idle.until(gate.connects)
     assert synopt.find(syn) is None
     assert event.sport == peer[1]
+
+
+def unanswered(watched, listener, source):
+    """Let a process try to connect to a port whose SYNs are dropped; return it."""
+    gate = watched.gate()
+    process = watched.python(TRY, HERE, listener.port, source)
+    watched.until(lambda: process.pid in [event.tgid for event in gate.connects()])
+    return process
+
+
+@pytest.fixture
+def unheard(watched):
+    """A sensor and a listener that no SYN reaches, as of a gate that is dead."""
+    with Listener(watched) as listener:
+        rule = "add table ip dead; add chain ip dead in { type filter hook input priority 0; }; "
+        rule += f"add rule ip dead in tcp dport {listener.port} drop"
+        assert topology.start(watched.name, ["nft", rule]).wait() == 0
+        yield watched, listener
+
+
+def test_a_gate_that_comes_later_is_told_who_still_connects_and_nobody_else(unheard):
+    watched, dead = unheard
+    process = unanswered(watched, dead, 3000)
+    with Listener(watched) as listener:
+        connect(watched, HERE, listener.port)
+    (event,) = watched.gate().connects()
+    assert (event.sport, event.tgid) == (3000, process.pid)
+    assert topology.start(watched.name, ["nft", "flush ruleset"]).wait() == 0
+    peer, _ = dead.accepted()
+    assert peer[1] == 3000
+    assert watched.gate().connects() == []
+
+
+def test_of_two_who_tried_from_the_same_port_a_later_gate_hears_of_the_second(unheard):
+    watched, dead = unheard
+    first = unanswered(watched, dead, 3000)
+    first.kill()
+    first.wait()
+    second = unanswered(watched, dead, 3000)
+    (event,) = watched.gate().connects()
+    assert event.tgid == second.pid
+
+
+def test_gates_are_told_again_because_they_forget(unheard):
+    watched, dead = unheard
+    gate = watched.gate()
+    unanswered(watched, dead, 3000)
+    watched.sensor._again_at = time.monotonic()
+    watched.until(lambda: len(gate.connects()) == 2)
+    first, again = gate.connects()
+    assert first == again
+    assert topology.start(watched.name, ["nft", "flush ruleset"]).wait() == 0
+    dead.accepted()
+    watched.sensor._again_at = time.monotonic()
+    watched.until(lambda: watched.sensor._again_at == 0)
+    assert len(gate.connects()) == 2
+
+
+def test_after_a_loss_a_later_gate_is_told_nothing_of_before(idle, tmp_path):
+    idle.start(blob=small(tmp_path, "connect_ring"))
+    with Listener(idle) as listener:
+        rule = "add table ip dead; add chain ip dead in { type filter hook input priority 0; }; "
+        rule += "add rule ip dead in tcp sport 3000 drop"
+        assert topology.start(idle.name, ["nft", rule]).wait() == 0
+        unanswered(idle, listener, 3000)
+        assert [event.sport for event in idle.gate().connects()] == [3000]
+        process = idle.spawn([sys.executable, "-c", CONNECT, HERE, listener.port, 100])
+        assert process.wait() == 0  # and the sensor did not get its turn
+        assert [event.sport for event in idle.gate().connects()] == []
 
 
 def small(folder, ring):

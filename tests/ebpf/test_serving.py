@@ -26,10 +26,13 @@ class Served:
         self.poll = select.epoll()
         self.came = []
         self.asked = []
-        self.server = Server(
-            self.path, self.poll, HELLO, self._answer, self.came.append, queue_bytes
-        )
+        self.missed = []
+        self.server = Server(self.path, self.poll, HELLO, self._answer, self._came, queue_bytes)
         self._clients = []
+
+    def _came(self, pid):
+        self.came.append(pid)
+        return self.missed
 
     def _answer(self, handle):
         self.asked.append(handle)
@@ -99,6 +102,15 @@ def test_every_client_gets_hello_first_and_then_everything(served):
         assert found[0] == (Message.HELLO, b"{}")
         assert numbers(found) == list(range(5))
     assert served.came == [os.getpid()] * 3
+
+
+def test_what_a_client_missed_comes_after_hello_and_before_anything_else(served):
+    served.missed = [piece(1), piece(2)]
+    client = served.client()
+    served.server.broadcast(piece(3))
+    found = served.heard(client)
+    assert found[0] == (Message.HELLO, b"{}")
+    assert numbers(found) == [1, 2, 3]
 
 
 def test_a_slow_client_loses_only_its_own_and_is_told_how_much(served):

@@ -60,9 +60,18 @@ class Daemon:
     def __exit__(self, *_):
         end(self._process)
 
-    def connect(self, port):
+    def begin(self, port):
         print(port, file=self._process.stdin, flush=True)
+
+    def done(self, port):
         assert self._process.stdout.readline() == f"{port}\n"
+
+    def connect(self, port):
+        self.begin(port)
+        self.done(port)
+
+    def kill(self):
+        end(self._process)
 
 
 def attributed(stage, port):
@@ -136,6 +145,43 @@ def test_a_dead_sensor_leaves_nothing_and_sessions_say_so_until_it_is_back(stage
         same = ("pid", "exe", "exe_sha256", "argv", "cgroup")
         assert [again["owner"][n] for n in same] == [before["owner"][n] for n in same]
         assert again["owner"]["pid"] == old.pid
+
+
+def retries(stage, port):
+    """Return how often the SYN from a port of the client host was sent again; -1 without one."""
+    table = stage.on("client", Path("/proc/thread-self/net/tcp").read_text)
+    rows = [line.split() for line in table.splitlines()[1:]]
+    syn_sent = [row for row in rows if row[3] == "02" and row[1].endswith(f":{port:04X}")]
+    return int(syn_sent[0][6], 16) if syn_sent else -1
+
+
+def test_clients_that_waited_for_a_dead_gate_are_named_when_it_is_back(stage):
+    """Their SYNs have no option any more by then, and nobody heard their connect events."""
+    stage.up(PATIENT)
+    (supervisor,) = stage.pids("supervisor")
+    backup, report, deployer = (
+        Daemon(stage, account) for account in ("backup-job", "report-job", "ci-deployer")
+    )
+    with echo(stage), backup, report, deployer:
+        os.kill(supervisor, signal.SIGSTOP)  # nobody starts them again meanwhile
+        for pid in stage.pids("gate"):
+            os.kill(pid, signal.SIGKILL)
+        deployer.begin(43_001)
+        wait_for(lambda: retries(stage, 43_001) >= 1, what="a retry")
+        deployer.kill()
+        wait_for(lambda: retries(stage, 43_001) == -1, what="the end of the first try")
+        report.begin(43_001)
+        backup.begin(43_000)
+        wait_for(lambda: min(retries(stage, port) for port in (43_000, 43_001)) >= 3, 30)
+        os.kill(supervisor, signal.SIGCONT)
+        for client, port, account in (
+            (backup, 43_000, "backup-job"),
+            (report, 43_001, "report-job"),
+        ):
+            client.done(port)
+            found = attributed(stage, port)
+            assert (found["account"], found["how"]) == (account, "event")
+            assert found["owner"]["pid"] == client.pid
 
 
 def test_a_sensor_that_dies_under_load_costs_names_and_never_gives_a_wrong_one(stage):
