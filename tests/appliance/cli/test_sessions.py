@@ -468,6 +468,29 @@ def test_raw_goes_into_the_working_folder_unless_told_otherwise(
     assert len(list((tmp_path / "here").iterdir())) == 2
 
 
+def test_a_capture_file_is_written_for_each_session_or_all_into_one(narrows, story, tmp_path):
+    out = tmp_path / "captures"
+    names = [session_name(number) for number in story[:2]]
+    answer = narrows("sessions", "export", *names, "--format", "pcapng", "--output", str(out))
+    assert (answer.code, answer.out, answer.err) == (0, "", "")
+    files = sorted(out.iterdir())
+    assert [file.name for file in files] == sorted(f"{name}.pcapng" for name in names)
+    for file, name in zip(files, sorted(names), strict=True):
+        content = file.read_bytes()
+        assert content.startswith(b"\x0a\x0d\x0d\x0a")
+        assert f"Narrows session {name}\n".encode() in content
+        assert file.stat().st_mode & 0o777 == 0o600
+    with (tmp_path / "all.pcapng").open("wb") as file:
+        argv = [sys.executable, "-m", "appliance", "sessions", "export", "--all", "--format",
+                "pcapng", "--output", "-", "--config", str(narrows.config)]  # fmt: skip
+        subprocess.run(argv, stdout=file, check=True, timeout=60)
+    whole = (tmp_path / "all.pcapng").read_bytes()
+    assert all(whole.count(f"Narrows session {name}\n".encode()) == 2 for name in names)
+    assert ("export", [names[0]], "allowed") in [
+        (action, objects[:1], outcome) for action, objects, outcome in narrows.reads()
+    ]
+
+
 @pytest.mark.parametrize(
     "words", [[], ["--all", "0"], ["--all", "--format", "raw", "--output", "-"]]
 )
