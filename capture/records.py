@@ -151,7 +151,9 @@ class Hidden:
     offset: int  #: in that side's half-stream
     length: int
     kind: str  #: "password", "sasl", "cancel-key"
-    digest: str  #: hex HMAC-SHA256 under the appliance's digest key, first 16 bytes
+    #: hex HMAC-SHA256 over place and bytes, first 16 bytes (`capture.crypt.Keys.hidden`); empty for
+    #: fewer than 8 bytes
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
