@@ -269,13 +269,16 @@ class Session:
 
     def forget_protocol(self) -> None:
         """Relay both sides from here on: what the layer holds now, then everything. What it would
-        have decoded is recorded as bytes only.
+        have decoded is recorded as bytes only. A session of which the layer has refused a side
+        ends instead.
         """
         layer, self.layer = self.layer, self.worker.opaque
         position = self.worker.writer.position
         for direction in (self.up, self.down):
             direction.relay = FOREVER
             held = layer.held(direction.side)
+            if held is None and not direction.ended:
+                self.close("protocol", "gate", reset=True)
             if held and not self.closed:
                 direction.send(held, 0, position)
         self.interest()
