@@ -61,14 +61,13 @@ def newest(
     same millisecond together, each session once, none that began in a millisecond before `since`
     or after that of `until`.
     """
-    end = _NO_END if until is None else first_text(until) + MOST_TEXTS
+    start = min(first_text(since), _NO_END)
+    end = _NO_END if until is None else min(first_text(until) + MOST_TEXTS, _NO_END)
     spread = _spread(db, wanted, since) if len(wanted) > 1 else {}
     several: set[int] = set()
 
     def streamed() -> Iterator[tuple[int, int]]:
-        for identity, row, continued in db.execute(
-            _STREAM, (" AND ".join(wanted), first_text(since), end)
-        ):
+        for identity, row, continued in db.execute(_STREAM, (" AND ".join(wanted), start, end)):
             if row in spread or row in several:
                 continue
             if continued:

@@ -189,10 +189,14 @@ class SegmentFile:
             raise EvidenceError(f"the disk lost evidence: {lost.strerror}") from lost
 
     def finish(self, base: int, staging: memoryview) -> None:
-        """Write the final commit, cut the file to its used length, and close it in any case."""
+        """Cut the file to its length, write the final commit, and close it in any case.
+
+        In this order: a final commit is the end of the file for whoever sees it, also when the
+        writer is killed or a verifier looks in between.
+        """
         try:
+            os.ftruncate(self._fd, self.used + commit_total(0))
             self.commit(b"", base, staging, final=True)
-            os.ftruncate(self._fd, self.used)
         finally:
             try:
                 self._flush(os.fsync)

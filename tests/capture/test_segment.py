@@ -4,6 +4,7 @@ chunks and segments.
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 import threading
@@ -16,7 +17,7 @@ from written_evidence import TINY, Frame, Place, place
 
 from capture.errors import EvidenceError
 from capture.records import KINDS, Gap, Start, Stop
-from capture.segfile import nonce
+from capture.segfile import SegmentFile, SegmentHeader, boot_id, nonce
 from capture.settings import COMMIT_BYTES_SOFT, SMALL, WriterSettings
 from capture.tail import SegmentReader
 
@@ -349,3 +350,30 @@ def test_a_directory_that_others_may_write_to_is_not_used(where, name):
     for mode in (0o755, 0o1777):  # a fresh tmpfs has the latter
         path.chmod(mode)
         where.store.prepare()
+
+
+class Killed(BaseException):
+    """Stands for the death of the process at this instruction."""
+
+
+class DiesWhenFinal(SegmentFile):
+    """A segment whose writer is killed as soon as its final commit is stored."""
+
+    def commit(self, plaintext, base, staging, *, final=False):
+        offset = super().commit(plaintext, base, staging, final=final)
+        if final:
+            raise Killed
+        return offset
+
+
+def test_a_final_commit_ends_its_file_even_when_its_writer_is_killed_right_after(where, tmp_path):
+    header = SegmentHeader(7, 5, "gate-0", 1, 256 << 10, boot_id(), where.keys.key_id)
+    segment = DiesWhenFinal(tmp_path / "00000007.seg", header, where.keys)
+    with mmap.mmap(-1, 64 << 10) as memory, memoryview(memory) as staging:
+        segment.commit(b"frames", 0, staging)
+        with pytest.raises(Killed):
+            segment.finish(6, staging)
+    with SegmentReader(segment.path) as reader:
+        *_, last = reader.commits()
+    assert last.final
+    assert segment.path.stat().st_size == last.offset + last.total_bytes

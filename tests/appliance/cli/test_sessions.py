@@ -423,7 +423,10 @@ def test_an_export_has_a_line_for_each_operation_and_session(narrows, story):
 def test_all_exports_every_session_oldest_first_and_refused_connections(narrows, story):
     with narrows.evidence.writer("gate-1") as gate:
         reference = session_name(gate.writer.new_session())
-        refused = Refused("192.0.2.10", 4, "203.0.113.1", 22, "management", reference)
+        refused = Refused(
+            "192.0.2.10", 4, "203.0.113.1", 22, "management", reference, "ci-deployer", "kernel",
+            "syn", None, {"pid": 4711, "exe": "/usr/bin/ssh"},
+        )  # fmt: skip
         gate.record(0, refused)
     events = [json.loads(line) for line in narrows("sessions", "export", "--all").out.splitlines()]
     whole = [event for event in events if event["class_uid"] == 4001]
@@ -433,6 +436,8 @@ def test_all_exports_every_session_oldest_first_and_refused_connections(narrows,
     assert whole[-1]["activity_name"] == "Refuse"
     assert whole[-1]["status_detail"] == "management"
     assert whole[-1]["dst_endpoint"] == {"ip": "203.0.113.1", "port": 22}
+    assert whole[-1]["actor"]["user"]["name"] == "ci-deployer"
+    assert whole[-1]["actor"]["process"]["pid"] == 4711
 
 
 def test_an_export_can_go_into_a_folder(narrows, story, tmp_path):
