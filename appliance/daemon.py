@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING
 
 from appliance.attribution import Attributor, Register, ReplayCache, SensorLink, check_overlaps
+from appliance.config import ConfigError
 from appliance.live import ControlSocket, alone
 from appliance.protocols import discover
 from appliance.proxy import redirect
@@ -55,6 +56,7 @@ def gate(config: Config, number: int) -> int:
 
 async def _gate(config: Config, number: int, store: Store, own: set[str], loop: GateLoop) -> int:
     keys = Keys.load_or_create(config.paths.state)
+    _require_memory(config, store)
     link, attributor = _attribution(config, loop)
     worker = Worker(config, number, loop, keys, attributor, own)
     writer = SegmentWriter(
@@ -132,6 +134,7 @@ async def _review(config: Config) -> int:
 
     store = Store(config.paths.state, config.paths.run)
     store.prepare()
+    _require_memory(config, store)
     server = Server(config, store, Keys.load_or_create(config.paths.state))
     await server.start()
     log.info("the review API listens on %s, port %d", config.review.address, server.port)
@@ -154,6 +157,14 @@ def sensor(config: Config) -> int:
         host=config.sensor.host,
     )
     return run(settings)
+
+
+def _require_memory(config: Config, store: Store) -> None:
+    """Refuse to write chunks to a disk, in the clear. Raises ConfigError."""
+    if not store.run_is_memory:
+        problem = f"{store.run} is not on a tmpfs: captured bytes would be on a disk in the clear"
+        hint = "use a directory under /run, or mount a tmpfs there"
+        raise ConfigError(config.file, 0, "paths.run", problem, hint)
 
 
 def _settings(config: Config) -> WriterSettings:
