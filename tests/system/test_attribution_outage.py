@@ -247,6 +247,10 @@ match = {{ uid = 0, exe = "{os.path.realpath(sys.executable)}" }}
     assert found["owner"]["pid"] == client.pid
     assert alarm["kind"] == "ambiguous"
     assert sorted(alarm["detail"]["accounts"]) == ["by-cgroup", "by-user"]
+    (session,) = wait_for(stage.sessions, what="the session in the list")
+    shown = stage.narrows("sessions", "show", session["id"]).stdout
+    assert "unknown (ambiguous)" in shown
+    assert "by-cgroup, by-user" in shown
 
 
 def test_what_the_sensor_lost_is_in_the_heartbeats_and_the_next_session_has_its_name(stage):
