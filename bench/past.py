@@ -36,10 +36,10 @@ TARGETS = [f"198.51.100.{number}" for number in range(1, 61)]
 PROTOCOLS = ["postgresql", "postgresql", "postgresql", "http1", "opaque"]
 TABLES = [f"table{number:04}" for number in range(3_000)]
 OWNERS = [
-    {"host": f"host{number:03}", "pid": 4000 + number, "uid": 1000, "exe": f"/opt/app{number:03}/run",
-     "exe_sha256": f"{number:064x}", "argv": ["run", "--shard", str(number)],
-     "cgroup": f"/system.slice/app{number:03}.service"}
-    for number in range(300)
+    {"host": f"host{n:03}", "pid": 4000 + n, "uid": 1000, "exe": f"/opt/app{n:03}/run",
+     "exe_sha256": f"{n:064x}", "argv": ["run", "--shard", str(n)],
+     "cgroup": f"/system.slice/app{n:03}.service"}
+    for n in range(300)
 ]  # fmt: skip
 
 

@@ -188,7 +188,8 @@ def _newest_found(index: Index, chosen: Filter) -> Iterator[Session]:
             wanted += expressions('"' + text.replace('"', " ") + '"')
     query = f"{_SESSIONS} WHERE {' AND '.join(['s.id = ?', *tests])}"
     before = None if chosen.after is None else (chosen.after.started, stored(chosen.after.session))
-    until = None if before is None else before[0] + 1
+    ends = [end for end in (chosen.until, before and before[0] + 1) if end is not None]
+    until = max(min(ends), 0) if ends else None
     for rows in newest(index.db, wanted, max(chosen.since or 0, 0), until):
         found = (index.db.execute(query, (row, *values)).fetchone() for row in rows)
         together = [_session(row) for row in found if row is not None]

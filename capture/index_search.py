@@ -43,9 +43,9 @@ SELECT DISTINCT t.session FROM search AS f CROSS JOIN text AS t ON t.id = f.rowi
 WHERE f.words MATCH ? AND f.rowid >= ? AND f.rowid < ?
 """
 _OVERFLOWING = """
-SELECT s.id, s.started, o.last FROM overflowing AS o JOIN session AS s ON s.id = o.session
+SELECT s.id, s.started, o.last FROM overflowing AS o CROSS JOIN session AS s ON s.id = o.session
 """
-_STEPS = 48  #: rows that are passed over one by one before a leap; a leap costs about as much
+_STEPS = 256  #: rows that are passed over one by one before a leap; a leap costs about as much
 _NO_END = (1 << 63) - 1  #: no row has this id
 
 
@@ -126,18 +126,22 @@ class _Word:
             self._look(moment_end(moment))
 
 
-def _meetings(
-    db: sqlite3.Connection, wanted: Sequence[str], start: int, end: int
-) -> Iterator[int]:
+def _meetings(db: sqlite3.Connection, wanted: Sequence[str], start: int, end: int) -> Iterator[int]:
     """Yield the moments in which every expression is found, the newest first."""
     words = [_Word(db, number, text, start, end) for number, text in enumerate(wanted)]
-    while (moment := min(word.moment for word in words)) >= 0:
+    moment = words[0].moment
+    while moment >= 0:
         for word in words:
             word.back_to(moment)
-        if all(word.moment == moment for word in words):
+            if word.moment < moment:  # nothing of the others is needed down to there
+                moment = word.moment
+                words.remove(word)
+                words.insert(0, word)  # the rarest comes to stand first, and is asked first
+                break
+        else:
             yield moment
-            for word in words:
-                word.back_to(moment - 1)
+            words[0].back_to(moment - 1)
+            moment = words[0].moment
 
 
 def _sessions(db: sqlite3.Connection, wanted: Sequence[str], moment: int) -> list[int]:

@@ -168,6 +168,13 @@ def test_a_search_reads_no_more_than_is_asked_for(evidence):
             assert len(list(query.sessions(index, Filter("psql", limit=3)))) == 3
             index.db.set_trace_callback(None)
             assert len(looked) < 100, "one question, and one for each session of the same moment"
+            first = index.db.execute("SELECT min(started) FROM session").fetchone()[0]
+            looked.clear()
+            index.db.set_trace_callback(looked.append)
+            before = Filter("psql ci-deployer", until=first + 1, limit=3)
+            assert len(list(query.sessions(index, before))) == 1
+            index.db.set_trace_callback(None)
+            assert len(looked) < 100, "it begins where the time asked for ends"
 
 
 def test_an_index_question_that_is_given_up_leaves_the_index_usable(evidence):
