@@ -79,22 +79,24 @@ def questions(sessions: int) -> dict[str, Questions]:
 def search(report: Report, rounds: int, sessions: int) -> None:
     """Ask everything in turn, `rounds` times."""
     folder = Path(tempfile.mkdtemp(prefix="narrows-bench-", dir="/var/tmp"))
+    memory = Path(tempfile.mkdtemp(prefix="narrows-bench-", dir="/dev/shm"))
     try:
-        with _api(folder, sessions, report) as (connection, token):
+        with _api(folder, memory, sessions, report) as (connection, token):
             for _ in range(rounds):
                 _round(connection, token, questions(sessions), report)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(memory, ignore_errors=True)
     for kind in questions(sessions):
         report.limit(f"search: {kind}", "ms p95", GOAL_MS, "api")
 
 
 @contextlib.contextmanager
 def _api(
-    folder: Path, sessions: int, report: Report
+    folder: Path, run: Path, sessions: int, report: Report
 ) -> Iterator[tuple[http.client.HTTPSConnection, str]]:
     """Generate, start the review process, and connect to it."""
-    state, run = folder / "state", folder / "run"
+    state = folder / "state"
     store, keys = _generate(Store(state, run), sessions, report)
     del keys
     config = folder / "narrows.toml"

@@ -41,7 +41,7 @@ class Attributed:
     account: str | None  #: name of the service account
     assurance: str  #: "kernel", "network" or "none"
     how: str  #: "syn" (verified SYN option), "event" (connect event), "network" (source), "none"
-    #: no-sensor, no-owner, no-account, ambiguous, expired, forged, replayed, timeout, not-connected
+    #: no-sensor, no-owner, no-account, ambiguous, expired, forged, replayed, timeout
     reason: str | None = None
     candidates: tuple[str, ...] = ()  #: accounts that matched, when ambiguous or expired
     owner: dict[str, Any] | None = None  #: kernel facts, see docs/evidence-format.md "Owner"
@@ -151,7 +151,9 @@ class Hidden:
     offset: int  #: in that side's half-stream
     length: int
     kind: str  #: "password", "sasl", "cancel-key"
-    digest: str  #: hex HMAC-SHA256 under the appliance's digest key, first 16 bytes
+    #: hex HMAC-SHA256 over place and bytes, first 16 bytes (`capture.crypt.Keys.hidden`); empty for
+    #: fewer than 8 bytes
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,15 +196,24 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A connection that was not let through. `reference` is what the client may have been shown."""
+    """A connection that was not let through. `reference` is a number to ask for.
+
+    Whose it was is told as in Attributed; `unknown` is that record's `reason`.
+    """
 
     client: str
     client_port: int
     target: str
     target_port: int
-    #: "own-address", "loopback", "link-local", "management", "no-route", "evidence", "quarantine"
+    #: "own-address", "loopback", "link-local", "multicast", "mapped", "management", "no-route",
+    #: "evidence", "quarantine"
     reason: str
     reference: str
+    account: str | None = None
+    assurance: str = "none"
+    how: str = "none"
+    unknown: str | None = None  #: why `account` is None
+    owner: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from appliance.attribution import Attributor, Register, ReplayCache, SensorLink, check_overlaps
 from appliance.daemon.ending import all_descriptors, until_signal
+from appliance.daemon.memory import require_memory
 from appliance.live import ControlSocket, alone
 from appliance.protocols import discover
 from appliance.proxy import redirect
@@ -48,6 +49,7 @@ def run(config: Config, number: int) -> int:
 
 async def _gate(config: Config, number: int, store: Store, own: set[str], loop: GateLoop) -> int:
     keys = Keys.load_or_create(config.paths.state)
+    require_memory(config, store)
     link, attributor = _attribution(config, loop)
     worker = Worker(config, number, loop, keys, attributor, own)
     writer = SegmentWriter(

@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from appliance.daemon.ending import all_descriptors, until_signal
+from appliance.daemon.memory import require_memory
 from appliance.web.server import Server
 from capture.crypt import Keys
 from capture.store import Store
@@ -26,6 +27,7 @@ def run(config: Config) -> int:
 async def _review(config: Config) -> int:
     store = Store(config.paths.state, config.paths.run)
     store.prepare()
+    require_memory(config, store)
     server = Server(config, store, Keys.load_or_create(config.paths.state))
     await server.start()
     log.info("the review API listens on %s, port %d", config.review.address, server.port)

@@ -145,9 +145,13 @@ class HTTP1:
             exchanges.answer(first, 503, message)
         return out
 
-    def held(self, side: Side) -> bytes:
-        """Return what `side` sent and was not forwarded."""
-        return self._requests.inlet.kept if side is CLIENT else self._responses.inlet.kept
+    def held(self, side: Side) -> bytes | None:
+        """Return what `side` sent and was not forwarded; None after a request was refused, while
+        its answer waits for its turn.
+        """
+        if side is UPSTREAM:
+            return self._responses.inlet.kept
+        return None if self._requests.state is httprequests.DONE else self._requests.inlet.kept
 
 
 class HTTP1Protocol:

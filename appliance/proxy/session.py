@@ -268,14 +268,16 @@ class Session:
         return prefix or b""
 
     def forget_protocol(self) -> None:
-        """Relay both sides from here on: what the layer holds now, then everything. What it would
-        have decoded is recorded as bytes only.
+        """Relay both sides, as bytes only: what the layer holds, then everything. End the session
+        if the layer has refused a side.
         """
         layer, self.layer = self.layer, self.worker.opaque
         position = self.worker.writer.position
         for direction in (self.up, self.down):
             direction.relay = FOREVER
             held = layer.held(direction.side)
+            if held is None and not direction.ended:
+                self.close("protocol", "gate", reset=True)
             if held and not self.closed:
                 direction.send(held, 0, position)
         self.interest()
@@ -353,9 +355,7 @@ class Session:
             self.interest()
 
     def refuse(self, message: str, reason: str) -> None:
-        """End the session from the gate's side, with the protocol's own error where there is
-        one.
-        """
+        """End the session from the gate's side, with the protocol's own error if there is one."""
         if self.closed or (self.ending is not None and self.ending[0] == reason):
             return
         self.ending = (reason, "gate")

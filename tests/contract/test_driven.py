@@ -104,4 +104,4 @@ def test_the_driver_writes_the_records_that_the_layer_makes(played, transcript, 
     names = {kind.__name__ for kind in (Operation, Result, Fact, Withheld)}
     assert [record["record"] for record in found if record["record"] in names] == expected
     digests = [record for record in found if record["record"] == Hidden.__name__]
-    assert all(len(record["digest"]) == 32 for record in digests)
+    assert all(len(r["digest"]) == (32 if r["length"] >= 8 else 0) for r in digests)
