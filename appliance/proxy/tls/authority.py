@@ -7,6 +7,7 @@ what it protects ends at the gate anyway.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import secrets
@@ -88,9 +89,9 @@ class Authority:
             raise KeyFileError(f"{key} is not the key of {certificate}")
         return cls(loaded, private)
 
-    def leaf(self, names: tuple[str, ...]) -> Leaf:
-        """Return a certificate for host names and addresses."""
-        now = datetime.now(UTC)
+    def leaf(self, names: tuple[str, ...], now: datetime | None = None) -> Leaf:
+        """Return a certificate for host names and addresses, for LEAF_DAYS from `now`."""
+        now = now or datetime.now(UTC)
         first = names[0] if names and len(names[0]) <= _COMMON_NAME_LETTERS else "narrows"
         builder = (
             x509.CertificateBuilder()
@@ -133,22 +134,20 @@ def fingerprint(certificate: x509.Certificate) -> str:
     return certificate.fingerprint(hashes.SHA256()).hex()
 
 
-def names_of(certificate: x509.Certificate) -> tuple[str, ...]:
-    """Return the host names and addresses that a certificate is for; its common name when it lists
-    none.
+def names_of(der: bytes) -> tuple[str, ...]:
+    """Return the host names and addresses that a server's certificate is for; its common name when
+    it lists none; nothing when it cannot be read, or names nothing that a leaf could name.
     """
-    try:
-        listed = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
-        listed = None
     names: list[str] = []
-    if listed is not None:
-        names += listed.get_values_for_type(x509.DNSName)
-        names += [str(each) for each in listed.get_values_for_type(x509.IPAddress)]
-    if not names:
+    with contextlib.suppress(Exception):  # one that nobody verifies may be anything
+        certificate = x509.load_der_x509_certificate(der)
         common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        names = [str(each.value) for each in common[:1] if str(each.value).isascii()]
-    return tuple(names[:MOST_NAMES])
+        names = [str(each.value) for each in common[:1]]
+        listed = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        listed_names = listed.get_values_for_type(x509.DNSName)
+        listed_names += [str(each) for each in listed.get_values_for_type(x509.IPAddress)]
+        names = listed_names or names
+    return tuple(name for name in names if name and name.isascii())[:MOST_NAMES]
 
 
 def read_private(path: Path) -> bytes:

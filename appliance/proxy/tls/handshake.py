@@ -19,8 +19,6 @@ from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from cryptography import x509
-
 from appliance.proxy.tls.authority import names_of
 from appliance.proxy.tls.stream import TlsStream
 from appliance.proxy.tls.terminator import UpstreamObject
@@ -132,7 +130,8 @@ class Handshake:
         # A private authority is trusted for any name where the client gave none; the machine's
         # authorities would sign anybody's name, so then the address must be in the certificate.
         named = bool(hello.sni) or session.route.tls_verify == "system"
-        alpn = tuple(each for each in self._told.alpn_offered if each.isascii())
+        # what is no text (RFC 8701) is no protocol that could be chosen
+        alpn = tuple(each.decode("ascii") for each in hello.alpn if each and each.isascii())
         context = session.worker.tls.upstream(session.route, alpn, named=named)
         name = hello.sni or (session.target[0] if named else None)
         self._far, tls = self._stream(session.down.source, context, name)
@@ -180,7 +179,7 @@ class Handshake:
             certificate_asked=tls.certificate_asked,
         )  # fmt: skip
         tls.context = self.session.worker.tls.quiet
-        names = names_of(x509.load_der_x509_certificate(chain[0])) if chain else ()
+        names = names_of(chain[0]) if chain else ()
         try:
             self._answer(self._told.alpn, names)
         except (OSError, ValueError) as wrong:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import ssl
+import time
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +21,12 @@ from appliance.proxy.tls.stream import SCRATCH_BYTES
 from appliance.wire import tlsrecords
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from appliance.config import Config, Route
 
 MOST_CONTEXTS = 256
+DAY_S = 86_400
 _SYSTEM_CERTIFICATES = Path("/etc/ssl/certs")
 
 
@@ -54,7 +59,8 @@ class Terminator:
     route names cannot be used.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         intercepting = [route for route in config.route if route.tls == "intercept"]
         self.authority = Authority.load_or_create(config) if intercepting else None
         self.scratch = memoryview(bytearray(SCRATCH_BYTES))
@@ -76,15 +82,16 @@ class Terminator:
     def presented(self, route: Route, names: tuple[str, ...]) -> Leaf:
         """Return the certificate that a client of `route` is shown."""
         own = self._own.get(route.name)
-        return own if own is not None else self._leaf(names)
+        return own if own is not None else self._leaf(names, int(self._clock() // DAY_S))
 
     def client(self, leaf: Leaf, alpn: str) -> ssl.SSLContext:
         """Return a context for the client's side."""
         return self._near(leaf, alpn)
 
-    def _make_leaf(self, names: tuple[str, ...]) -> Leaf:
+    def _make_leaf(self, names: tuple[str, ...], day: int) -> Leaf:
+        """Return a leaf of that day of the clock: one that is kept must not expire."""
         assert self.authority is not None
-        return self.authority.leaf(names)
+        return self.authority.leaf(names, datetime.fromtimestamp(day * DAY_S, UTC))
 
 
 def _own(route: Route) -> Leaf:
