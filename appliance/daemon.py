@@ -104,6 +104,7 @@ def _attribution(config: Config, loop: GateLoop) -> tuple[SensorLink, Attributor
 def seal(config: Config) -> int:
     """Run the seal until SIGTERM or SIGINT; return the exit code."""
     from capture.seal import Seal
+    from capture.sealed import RewriteSettings
 
     store = Store(config.paths.state, config.paths.run)
     store.prepare()
@@ -111,7 +112,8 @@ def seal(config: Config) -> int:
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: stopping.append(number))
-    sealer = Seal(store, keys, checkpoint_s=float(config.evidence.checkpoint_s))
+    rewrite = RewriteSettings(after_s=config.evidence.rewrite_s)
+    sealer = Seal(store, keys, float(config.evidence.checkpoint_s), rewrite)
     log.info("the seal is ready")
     while not stopping:
         busy = sealer.step()
