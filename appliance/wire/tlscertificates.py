@@ -10,6 +10,11 @@ from cryptography import x509
 MOST_CERTIFICATES = 10
 MOST_NAMES = 20
 _MOST_LETTERS = 500
+#: What reading a peer's certificate may raise: OpenSSL takes some that this library does not.
+UNREADABLE = (
+    ValueError, TypeError, x509.InvalidVersion, x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)  # fmt: skip
 
 
 def described(chain: tuple[bytes, ...]) -> tuple[dict[str, Any], ...]:
@@ -32,6 +37,6 @@ def _one(der: bytes) -> dict[str, Any]:
         told["names"] = [name[:_MOST_LETTERS] for name in names[:MOST_NAMES]]
     except x509.ExtensionNotFound:
         told["names"] = []
-    except (ValueError, TypeError) as wrong:  # a peer's certificate may be anything
+    except UNREADABLE as wrong:
         told["unreadable"] = str(wrong)[:_MOST_LETTERS]
     return told
