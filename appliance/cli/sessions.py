@@ -20,11 +20,10 @@ from appliance.cli.printable import printable
 from appliance.cli.reading import Evidence, evidence, tell_damage
 from capture import index_query, plainjson
 from capture.errors import ExportError
-from capture.export import capturefile, ocsf, raw
+from capture.export import capturefile, ocsf, ocsf_records, raw
 from capture.index_query import Filter, State
 from capture.index_search import NoWords, expressions
 from capture.moment import nanoseconds, rfc3339
-from capture.records import KINDS, Refused
 from capture.session_json import SECTIONS, operation_objects, record_objects, session_object
 
 if TYPE_CHECKING:
@@ -246,7 +245,7 @@ def _exported(opened: Evidence, words: argparse.Namespace) -> int:
                 _write(reader, batch, words.format, folder)
             if words.format == "ndjson":
                 opened.record("export")
-                _write_refused(index, folder)
+                _write_records(index, folder)
         else:
             batch = opened.named(index, "export", words.ids)
             opened.record("export", batch)
@@ -294,9 +293,10 @@ def _write(reader: Reader, batch: list[Session], form: str, folder: Path | None)
             _write_lines(ocsf.export(reader, session), folder, f"{session.name}.ndjson")
 
 
-def _write_refused(index: Index, folder: Path | None) -> None:
-    events = index_query.events(index, KINDS[Refused])
-    _write_lines(map(ocsf.refused_line, events), folder, "refused.ndjson")
+def _write_records(index: Index, folder: Path | None) -> None:
+    """Write what is neither an operation nor a session."""
+    events = index_query.events(index, *ocsf_records.KNOWN)
+    _write_lines(map(ocsf_records.record_line, events), folder, "records.ndjson")
 
 
 def _write_lines(lines: Iterable[bytes], folder: Path | None, name: str) -> None:

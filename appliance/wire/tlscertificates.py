@@ -10,11 +10,6 @@ from cryptography import x509
 MOST_CERTIFICATES = 10
 MOST_NAMES = 20
 _MOST_LETTERS = 500
-#: What reading a peer's certificate may raise: OpenSSL takes some that this library does not.
-UNREADABLE = (
-    ValueError, TypeError, x509.InvalidVersion, x509.DuplicateExtension,
-    x509.UnsupportedGeneralNameType,
-)  # fmt: skip
 
 
 def described(chain: tuple[bytes, ...]) -> tuple[dict[str, Any], ...]:
@@ -37,6 +32,6 @@ def _one(der: bytes) -> dict[str, Any]:
         told["names"] = [name[:_MOST_LETTERS] for name in names[:MOST_NAMES]]
     except x509.ExtensionNotFound:
         told["names"] = []
-    except UNREADABLE as wrong:
-        told["unreadable"] = str(wrong)[:_MOST_LETTERS]
+    except Exception as wrong:  # noqa: BLE001 - a peer's certificate may be anything, and so may the library's word for it
+        told["unreadable"] = str(wrong)[:_MOST_LETTERS] or type(wrong).__name__
     return told

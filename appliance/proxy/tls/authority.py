@@ -21,7 +21,6 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from appliance.wire.tlscertificates import UNREADABLE
 from capture.errors import KeyFileError
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ def names_of(der: bytes) -> tuple[str, ...]:
         if not names:
             common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
             names = [str(each.value) for each in common[:1]]
-    except UNREADABLE:
+    except Exception:  # noqa: BLE001 - a peer's certificate may be anything; the record says what
         return ()
     return tuple(name for name in names if name and name.isascii())[:MOST_NAMES]
 

@@ -428,8 +428,11 @@ def test_all_exports_every_session_oldest_first_and_refused_connections(narrows,
             "syn", None, {"pid": 4711, "exe": "/usr/bin/ssh"},
         )  # fmt: skip
         gate.record(0, refused)
+    narrows("sessions", "show", session_name(story[1]))
     events = [json.loads(line) for line in narrows("sessions", "export", "--all").out.splitlines()]
     whole = [event for event in events if event["class_uid"] == 4001]
+    read = [event for event in events if event["class_uid"] == 6003]
+    assert read[-1]["resources"] == [{"uid": session_name(story[1]), "type": "session"}]
     assert [event["metadata"]["uid"] for event in whole] == [
         *map(session_name, story), reference,
     ]  # fmt: skip
@@ -444,7 +447,7 @@ def test_an_export_can_go_into_a_folder(narrows, story, tmp_path):
     out = tmp_path / "a" / "b"
     answer = narrows("sessions", "export", "--all", "--output", str(out))
     assert (answer.code, answer.out) == (0, "")
-    names = {f"{session_name(number)}.ndjson" for number in story} | {"refused.ndjson"}
+    names = {f"{session_name(number)}.ndjson" for number in story} | {"records.ndjson"}
     assert {path.name for path in out.iterdir()} == names
     lines = (out / f"{session_name(story[0])}.ndjson").read_text().splitlines()
     assert len(lines) == 4
