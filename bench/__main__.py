@@ -1,4 +1,4 @@
-"""`./run bench [bulk|pg|connect|pingpong|idle ...] [--rounds N] [--json]`."""
+"""`./run bench [bulk|pg|connect|pingpong|idle|search ...] [--rounds N] [--sessions N] [--json]`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from bench.capture_check import CaptureCheck
 from bench.idle import idle
 from bench.pg import pg
 from bench.report import Report
+from bench.search import search
 from bench.stage import Stage, StageError
 from bench.works import bulk, connect, pingpong
 from capture.crypt import Keys
 
 WORKS = {"bulk": bulk, "connect": connect, "pingpong": pingpong, "idle": idle, "pg": pg}
+SEARCH = "search"  #: needs no hosts and no gate
 VERSIONS = {
     "haproxy": ["haproxy", "-v"],
     "pgbouncer": ["pgbouncer", "--version"],
@@ -65,23 +67,40 @@ def _warn_of_memory() -> None:
 
 def _words() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./run bench", description=__doc__)
-    parser.add_argument("work", nargs="*", choices=[[], *WORKS], default=[])
+    parser.add_argument("work", nargs="*", choices=[[], *WORKS, SEARCH], default=[])
     parser.add_argument(
         "--rounds", type=int, default=5, help="counted rounds of every path (default 5)"
+    )
+    parser.add_argument(
+        "--sessions", type=int, default=1_000_000, help="for search (default a million)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
     words = parser.parse_args()
     if words.rounds < 1:
         parser.error("--rounds is 1 or more")
+    if words.sessions < 1:
+        parser.error("--sessions is 1 or more")
     return words
 
 
 def _run(words: argparse.Namespace, report: Report) -> bool:
+    chosen = words.work or [*WORKS, SEARCH]
+    correct = True
+    if any(name in WORKS for name in chosen):
+        correct = _staged([name for name in chosen if name in WORKS], words.rounds, report)
+    if SEARCH in chosen:
+        print("bench: search", file=sys.stderr, flush=True)
+        search(report, words.rounds, words.sessions)
+    return correct
+
+
+def _staged(works: list[str], rounds: int, report: Report) -> bool:
+    """Run the works that need hosts; say whether what was captured is what was sent."""
     check = CaptureCheck()
     with Stage() as stage:
-        for name in words.work or list(WORKS):
+        for name in works:
             print(f"bench: {name}", file=sys.stderr, flush=True)
-            WORKS[name](stage, report, words.rounds)
+            WORKS[name](stage, report, rounds)
         print("bench: comparing the capture with what was sent", file=sys.stderr, flush=True)
         stage.lab.stop()  # in an orderly way: everything is committed after it
         check.read(stage.store, Keys.load(stage.store.state))

@@ -6,11 +6,10 @@ that its steps are: what is no single system call would show here.
 
 import json
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from netlink_killer import NetlinkKiller
 from redirect_hosts import EVERYTHING, MIXED, OTHER, SERVERS, Hosts, Listener, Server
 
 from appliance.proxy import redirect
@@ -40,11 +39,7 @@ FOREIGN_RULES = (
 
 @pytest.fixture(scope="module")
 def killer(tmp_path_factory):
-    library = tmp_path_factory.mktemp("killer") / "netlink_killer.so"
-    source = Path(__file__).with_name("netlink_killer.c")
-    flags = ["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run(["gcc", *flags, "-o", library, source], check=True)
-    return library
+    return NetlinkKiller(tmp_path_factory.mktemp("killer"))
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +72,10 @@ def changed(hosts, killer, what, before):
     """Change the redirect in a process that is killed before its change number `before`; return
     how many changes it made, and whether it came to its end.
     """
-    counted = Path(hosts.config(MIXED).file).with_suffix(".count")
-    done = hosts.program(
-        "gate", sys.executable, "-c", CHANGE, str(what),
-        env={"LD_PRELOAD": str(killer), "KILL_BEFORE": str(before), "KILL_COUNT": str(counted)},
-    )  # fmt: skip
+    argv = [sys.executable, "-c", CHANGE, str(what)]
+    done = hosts.program("gate", *argv, env=killer.environment(before))
     assert done.returncode in {0, -signal.SIGKILL}, done.stderr
-    made = len(counted.read_text().splitlines()) if counted.exists() else 0
-    return made, done.returncode == 0
+    return killer.changes(), done.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -61,15 +61,24 @@ class Authority:
         has none. Raises OSError, KeyFileError.
         """
         if config.tls.ca:
-            certificate, key = Path(config.tls.ca), Path(config.tls.ca_key)
-        else:
-            state = config.paths.state
-            state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            certificate, key = state / "ca.pem", state / "ca.key"
-            if not key.exists():
-                _create(key, _key_pem(ec.generate_private_key(ec.SECP256R1())), 0o600)
-            if not certificate.exists():
-                _create(certificate, pem(_own_certificate(_load_key(key))), 0o644)
+            return cls._load(Path(config.tls.ca), Path(config.tls.ca_key))
+        config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return cls.in_folder(config.paths.state, "Narrows gate")
+
+    @classmethod
+    def in_folder(cls, folder: Path, name: str) -> Authority:
+        """Return the authority whose files are ca.pem and ca.key in `folder`, making it when they
+        are not there. Raises OSError, KeyFileError.
+        """
+        certificate, key = folder / "ca.pem", folder / "ca.key"
+        if not key.exists():
+            _create(key, _key_pem(ec.generate_private_key(ec.SECP256R1())), 0o600)
+        if not certificate.exists():
+            _create(certificate, pem(_own_certificate(_load_key(key), name)), 0o644)
+        return cls._load(certificate, key)
+
+    @classmethod
+    def _load(cls, certificate: Path, key: Path) -> Authority:
         try:
             loaded = x509.load_pem_x509_certificate(certificate.read_bytes())
         except ValueError as wrong:
@@ -166,12 +175,12 @@ def _usage(*, ca: bool) -> x509.KeyUsage:
     )  # fmt: skip
 
 
-def _own_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+def _own_certificate(key: ec.EllipticCurvePrivateKey, common_name: str) -> x509.Certificate:
     now = datetime.now(UTC)
     number = secrets.token_hex(4)  # two gates' authorities must not have one name
     name = x509.Name([
         x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Narrows"),
-        x509.NameAttribute(NameOID.COMMON_NAME, f"Narrows gate {number}"),
+        x509.NameAttribute(NameOID.COMMON_NAME, f"{common_name} {number}"),
     ])  # fmt: skip
     return (
         x509.CertificateBuilder()
