@@ -204,10 +204,13 @@ class Layer(Interface):
         """
         ...
 
-    def held(self, side: Side) -> bytes:
+    def held(self, side: Side) -> bytes | None:
         """Return what `side` sent that the layer was given and has not forwarded; after `handle`
         failed, the bytes of that event are part of it. The driver sends them itself when it goes
         on without the layer.
+
+        None says that the layer refused what `side` said, and that nothing more of it may pass: the
+        driver cannot go on without the layer.
         """
         ...
 

@@ -11,6 +11,7 @@ import hmac
 import os
 import secrets
 import stat
+import struct
 from typing import TYPE_CHECKING
 
 from cryptography.exceptions import InvalidTag
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 KEY_BYTES = 32
 WRAPPED_BYTES = 12 + KEY_BYTES + 16
+LEAST_HIDDEN_BYTES = 8  #: of what is shorter, a digest says too much to who has its key
+_PLACE = struct.Struct("<QQ")
 
 
 class Secret:
@@ -91,11 +94,12 @@ def _sync(folder: Path) -> None:
 class Keys:
     """The appliance's keys, as far as evidence needs them."""
 
-    __slots__ = ("_digest", "_wrapping", "key_id")
+    __slots__ = ("_digest", "_hidden", "_wrapping", "key_id")
 
     def __init__(self, wrapping: Secret, digest: Secret) -> None:
         self._wrapping = wrapping
         self._digest = digest
+        self._hidden = hashlib.sha256(b"narrows hidden bytes\0" + digest.reveal()).digest()
         self.key_id = hashlib.sha256(b"narrows key id\0" + wrapping.reveal()).digest()[:8]
 
     @classmethod
@@ -129,10 +133,22 @@ class Keys:
             raise EvidenceError("a segment's data key does not open with appliance.key") from wrong
 
     def digest(self, data: bytes) -> str:
-        """Return the keyed digest that stands for hidden bytes: HMAC-SHA256, first 16 bytes,
-        hex.
+        """Return the keyed digest of a whole secret: HMAC-SHA256 under digest.key, first 16 bytes,
+        hex. Equal secrets have equal digests wherever they are shown: that is what it is for.
         """
         return hmac.new(self._digest.reveal(), data, hashlib.sha256).digest()[:16].hex()
+
+    def hidden(self, session: int, side: str, offset: int, data: bytes) -> str:
+        """Return the keyed digest that stands for blanked bytes at one place; empty for fewer than
+        LEAST_HIDDEN_BYTES.
+
+        It is of no use at any other place: whoever can send through the gate and read evidence
+        cannot try out what others said.
+        """
+        if len(data) < LEAST_HIDDEN_BYTES:
+            return ""
+        place = _PLACE.pack(session, offset) + side.encode() + b"\0"
+        return hmac.new(self._hidden, place + data, hashlib.sha256).digest()[:16].hex()
 
 
 def commitment(data_key: bytes) -> bytes:

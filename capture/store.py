@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+_IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 _COUNT = re.compile("[0-9a-f]{8}")
 
 
@@ -52,6 +53,20 @@ class Store:
                     f"{path} has owner {found.st_uid} and mode {found.st_mode & 0o7777:o}:"
                     " others could replace what is in it"
                 )
+
+    @property
+    def run_is_memory(self) -> bool:
+        """Say whether `run` lies in memory only. Elsewhere the chunks, which are plaintext, would
+        be written to a disk, and last longer than the boot.
+        """
+        found = self.run.stat().st_dev
+        device = f"{os.major(found)}:{os.minor(found)}"
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                place, _, kind = line.partition(" - ")
+                if place.split(" ", 3)[2] == device:
+                    return kind.split(" ", 1)[0] in _IN_MEMORY
+        return False
 
     def segment(self, generation: int) -> Path:
         """Return the path of a segment."""

@@ -94,8 +94,9 @@ def _exec(lab: Lab, words: argparse.Namespace) -> int:
     argv = words.argv[1:] if words.argv[0] == "--" else words.argv
     (cgroups.make(group) / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
     topology.enter(lab.place.topology.namespace(words.on))
+    environment = lab.environment if words.on == "client" else dict(os.environ)
     try:
-        os.execvp(argv[0], argv)  # noqa: S606 - the words are the program, no shell is wanted
+        os.execvpe(argv[0], argv, environment)  # noqa: S606 - the words are the program, no shell is wanted
     except OSError as wrong:
         print(f"narrows: {argv[0]}: {wrong.strerror}", file=sys.stderr)
         return 127 if isinstance(wrong, FileNotFoundError) else FAILED

@@ -19,11 +19,11 @@ from appliance.cli.outcome import FAILED, OK, USAGE, Refusal
 from appliance.cli.printable import printable
 from appliance.cli.reading import Evidence, evidence, tell_damage
 from capture import index_query, plainjson
-from capture.export import ocsf, raw
+from capture.errors import ExportError
+from capture.export import capturefile, ocsf, ocsf_records, raw
 from capture.index_query import Filter, State
 from capture.index_search import NoWords, expressions
 from capture.moment import nanoseconds, rfc3339
-from capture.records import KINDS, Refused
 from capture.session_json import SECTIONS, operation_objects, record_objects, session_object
 
 if TYPE_CHECKING:
@@ -68,10 +68,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "ids", nargs="*", metavar="ID", help="session, or the beginning of its id"
     )
     exported.add_argument("--all", action="store_true", help="every session")
-    exported.add_argument("--format", choices=["ndjson", "raw"], default="ndjson")
+    exported.add_argument("--format", choices=["ndjson", "raw", "pcapng"], default="ndjson")
     exported.add_argument(
         "--output", metavar="DIR",
-        help="folder to write to, - for standard output (default: - for ndjson, . for raw)",
+        help="folder to write to, - for standard output (default: - for ndjson, else .)",
     )  # fmt: skip
     for verb in (listed, shown):
         verb.add_argument("--json", action="store_true", help="print JSON")
@@ -87,6 +87,8 @@ def run(words: argparse.Namespace) -> int:
         if words.format == "raw" and words.output == "-":
             hint = "--output names a folder"
             raise Refusal("raw writes two files a session", hint, code=USAGE)
+        if words.format == "pcapng" and words.output == "-" and sys.stdout.isatty():
+            raise Refusal("pcapng is not for a terminal", "redirect it", code=USAGE)
     if words.verb == "list":
         _check_words(words)
     verbs: dict[str, Callable[[Evidence, argparse.Namespace], int]] = {
@@ -225,6 +227,13 @@ def _print_object(reader: Reader, session: Session) -> None:
 
 
 def _export(opened: Evidence, words: argparse.Namespace) -> int:
+    try:
+        return _exported(opened, words)
+    except ExportError as wrong:
+        raise Refusal(f"the export cannot be made: {wrong}") from wrong
+
+
+def _exported(opened: Evidence, words: argparse.Namespace) -> int:
     target = words.output or ("-" if words.format == "ndjson" else ".")
     folder = None if target == "-" else _folder(Path(target))
     with opened.index() as index:
@@ -236,7 +245,7 @@ def _export(opened: Evidence, words: argparse.Namespace) -> int:
                 _write(reader, batch, words.format, folder)
             if words.format == "ndjson":
                 opened.record("export")
-                _write_refused(index, folder)
+                _write_records(index, folder)
         else:
             batch = opened.named(index, "export", words.ids)
             opened.record("export", batch)
@@ -266,6 +275,9 @@ def _batches(found: Iterator[Session]) -> Iterator[list[Session]]:
 
 
 def _write(reader: Reader, batch: list[Session], form: str, folder: Path | None) -> None:
+    if form == "pcapng" and folder is None:
+        _write_lines(capturefile.export(reader, batch), None, "")  # a section for each
+        return
     for session in batch:
         if form == "raw":
             assert folder is not None, "checked before anything was read"
@@ -275,13 +287,16 @@ def _write(reader: Reader, batch: list[Session], form: str, folder: Path | None)
                     f" {printable(blank.why)}",
                     file=sys.stderr,
                 )
+        elif form == "pcapng":
+            _write_lines(capturefile.export(reader, [session]), folder, f"{session.name}.pcapng")
         else:
             _write_lines(ocsf.export(reader, session), folder, f"{session.name}.ndjson")
 
 
-def _write_refused(index: Index, folder: Path | None) -> None:
-    events = index_query.events(index, KINDS[Refused])
-    _write_lines(map(ocsf.refused_line, events), folder, "refused.ndjson")
+def _write_records(index: Index, folder: Path | None) -> None:
+    """Write what is neither an operation nor a session."""
+    events = index_query.events(index, *ocsf_records.KNOWN)
+    _write_lines(map(ocsf_records.record_line, events), folder, "records.ndjson")
 
 
 def _write_lines(lines: Iterable[bytes], folder: Path | None, name: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -53,10 +53,14 @@ def demo(lab: Lab, *, once: bool, as_json: bool) -> int:
         _say(talk, "bringing up client, gate and server")
         lab.up()
         sessions, verified, wrong = _story(lab, talk)
+        asked, refused = _let_in(lab)
+        wrong += refused
+        api = {"url": (lab.api() or {}).get("url")}
         if as_json:
-            print(json.dumps({"sessions": sessions, "verify": verified}), flush=True)
+            print(json.dumps({"sessions": sessions, "verify": verified, "api": api}), flush=True)
         else:
             _tell(lab, talk, sessions, verified)
+        print(f"\nThe same over the review API, role reviewer:\n  {asked}", file=talk, flush=True)
         for problem in wrong:
             print(f"narrows: {problem}", file=sys.stderr)
         if not once:
@@ -103,7 +107,7 @@ def _run(lab: Lab, workload: Workload, talk: TextIO) -> Ran:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **workload.environment},
+        env=lab.environment | workload.environment,
     )
     try:
         program.communicate(timeout=CLIENT_S)
@@ -160,6 +164,25 @@ def _verify(lab: Lab) -> tuple[dict[str, Any], bool]:
     return verified, answer.returncode == 0 and bool(report.get("ok"))
 
 
+def _let_in(lab: Lab) -> tuple[str, list[str]]:
+    """Make a token of the review API; return a line for a shell that asks it, and what is wrong
+    with that line.
+    """
+    api = lab.api() or {"url": "", "ca_file": ""}
+    made = _narrows(lab, ["token", "create", "--role", "reviewer", "--name", "demo"])
+    line = shlex.join([
+        "curl", "-sS", "--fail", "--cacert", api["ca_file"],
+        "-H", f"Authorization: Bearer {made.stdout.strip()}",
+        f"{api['url']}/api/v1/sessions?q=card_number",
+    ])  # fmt: skip
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    try:
+        found = json.loads(done.stdout)["items"]
+    except (ValueError, KeyError):
+        return line, [f"the review API does not answer: {done.stderr.strip()}"]
+    return line, [] if found else ["the review API does not find who read card numbers"]
+
+
 def _wrong(ran: list[Ran], sessions: list[dict[str, Any]], count: int) -> list[str]:
     """Say what is not as it must be: a client that failed, a session missing or misattributed."""
     wrong = [
@@ -196,12 +219,19 @@ def _tell(lab: Lab, talk: TextIO, sessions: list[dict[str, Any]], verified: dict
         size = (session["bytes_up"], session["bytes_down"])
         print(row.format(session["id"], account, session["assurance"], process, *rest, *size),
               file=talk)  # fmt: skip
-    stolen = _narrows(lab, ["sessions", "list", "--json", "-q", "card_number"]).stdout
-    for session in json.loads(stolen or "[]")[:1]:
-        print("\nWho read card numbers, and what else was said on that session:\n", file=talk)
-        print(_narrows(lab, ["sessions", "show", session["id"]]).stdout, file=talk)
+    https = [session["id"] for session in sessions if session["target"].endswith(":443")]
+    found = _narrows(lab, ["sessions", "list", "--json", "-q", "card_number"]).stdout
+    stolen = [session["id"] for session in json.loads(found or "[]")]
+    _show(lab, talk, https, "What was asked over HTTPS, which the gate opened:")
+    _show(lab, talk, stolen, "Who read card numbers, over TLS, and what else was said there:")
     state = "valid" if verified["ok"] else "NOT VALID"
     print(f"evidence: {state}, {verified['leaves']} leaves", file=talk)
+
+
+def _show(lab: Lab, talk: TextIO, identities: list[str], title: str) -> None:
+    for identity in identities[:1]:
+        shown = _narrows(lab, ["sessions", "show", identity]).stdout
+        print(f"\n{title}\n\n{shown}", file=talk)
 
 
 def _stay(talk: TextIO) -> None:
@@ -212,7 +242,8 @@ def _stay(talk: TextIO) -> None:
         "  ./run narrows sessions show ID\n"
         "  ./run narrows sessions export --all --format ndjson\n"
         "  ./run narrows evidence verify\n"
-        "  ./run lab exec --as report-job -- psql -h 198.51.100.10 -U report_job shop\n",
+        "  ./run lab exec --as report-job -- psql -h 198.51.100.10 -U report_job shop\n"
+        "  ./run lab exec --as ci-deployer -- curl https://198.51.100.10/\n",
         file=talk,
         flush=True,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from appliance.lab import cgroups, state
+from appliance.lab.certificates import Certificates
 from appliance.lab.topology import MANAGEMENT_GATE, Topology
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class Place:
         """Return the path of the configuration in use."""
         return self.folder / "narrows.toml"
 
+    @property
+    def certificates(self) -> Certificates:
+        """Return the lab's certificates, and what its clients trust."""
+        return Certificates(self.folder / "tls")
+
     def account_cgroup(self, config: Config, name: str) -> Path:
         """Return the cgroup that makes a process the account's; KeyError for an unknown name."""
         account = {account.name: account for account in config.account}[name]
@@ -71,6 +77,7 @@ class Place:
             "@MEMORY@": str(self.memory),
             "@BLOB@": str(BLOB),
             "@CGROUP@": self.prefix,
+            "@TLS@": str(self.certificates.folder),
             "@REVIEW@": MANAGEMENT_GATE if self.management else "127.0.0.1",
         }
         default = DEFAULT.read_text(encoding="utf-8")

@@ -23,6 +23,7 @@ from appliance.lab import cgroups, state, topology
 from appliance.lab.place import UNASSIGNED, Place
 from appliance.proxy import redirect
 from appliance.web import certificate, tokens
+from capture.errors import KeyFileError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,11 +60,13 @@ class Lab:
         self.down()
         for folder in (self.place.folder, self.place.disk):
             folder.mkdir(mode=0o755, parents=True)
+        self.place.certificates.make()
         text = self.place.configuration(given)
         self.place.config.write_text(text, encoding="utf-8")
         config = load(self.place.config)
         try:
             self._make_hosts(config)
+            self._trust(config)
             if gate:
                 self._start(config)
             else:
@@ -134,13 +137,21 @@ class Lab:
         group: str = "",
         **options: Any,
     ) -> subprocess.Popen[Any]:
-        """Start a program on a host; on the client as an account, elsewhere in cgroup `group`."""
+        """Start a program on a host; on the client as an account, elsewhere in cgroup `group`.
+
+        What a client's programs must know to trust the lab is in `environment`.
+        """
         return topology.start(
             self.place.topology.namespace(role),
             argv,
             cgroup=cgroups.make(self.cgroup(role, account, group)),
             **options,
         )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return this process's environment, and the lab's trust: for programs of the client."""
+        return {**os.environ, **self.place.certificates.environment}
 
     def cgroup(self, role: str, account: str | None = None, group: str = "") -> Path:
         """Return where a program belongs; KeyError for an unknown account."""
@@ -155,6 +166,12 @@ class Lab:
         gate = self.place.topology.namespace("gate")
         done: list[str] = topology.run(gate, redirect.apply, self.config)
         return done
+
+    def _trust(self, config: Config) -> None:
+        try:
+            self.place.certificates.trust(config)
+        except (OSError, KeyFileError) as wrong:
+            raise LabError(f"the gate's authority cannot be used: {wrong}") from wrong
 
     def _make_hosts(self, config: Config) -> None:
         topology.up(self.place.topology)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from appliance.lab.running import Lab
 
 READY_S = 30.0
-HTTP_PORT, REDIS_PORT, POSTGRESQL_PORT = 80, 6379, 5432
+HTTP_PORT, HTTPS_PORT, REDIS_PORT = 80, 443, 6379
 _AS_POSTGRES = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "--")
 
 _NGINX = """
@@ -36,7 +36,12 @@ http {{
   access_log off;
   client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
   uwsgi_temp_path {folder}; scgi_temp_path {folder};
-  server {{ listen {port}; listen [::]:{port}; root {folder}/www; }}
+  ssl_certificate {certificate}; ssl_certificate_key {key};
+  ssl_protocols TLSv1.2 TLSv1.3;
+  server {{
+    listen {port}; listen [::]:{port}; listen {tls_port} ssl; listen [::]:{tls_port} ssl;
+    root {folder}/www;
+  }}
 }}
 """
 
@@ -63,7 +68,7 @@ class Servers:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def postgresql(self, sql: str = "", *, options: Sequence[str] = ()) -> None:
-        """Start PostgreSQL, with password authentication on the network, and run `sql` in it.
+        """Start PostgreSQL, with passwords, with and without TLS on the network; run `sql` in it.
 
         `sql` runs on the server's own socket, in the database "shop", as the superuser.
         """
@@ -77,7 +82,8 @@ class Servers:
         access = "local all all trust\nhost all all all scram-sha-256\n"
         (data / "pg_hba.conf").write_text(access, encoding="ascii")
         words = {"listen_addresses": "*", "unix_socket_directories": str(folder), "fsync": "off",
-                 "dynamic_shared_memory_type": "mmap"}  # fmt: skip  # nothing stays in /dev/shm
+                 "dynamic_shared_memory_type": "mmap",  # nothing stays in /dev/shm
+                 "ssl": "on", **self._certificate_for_postgresql(folder)}  # fmt: skip
         settings = [text for key, value in words.items() for text in ("-c", f"{key}={value}")]
         argv = [*_AS_POSTGRES, str(binaries / "postgres"), "-D", str(data), *settings, *options]
         self._start("postgresql", argv)
@@ -86,13 +92,27 @@ class Servers:
             _finish(self._psql_argv("-c", "CREATE DATABASE shop", database="postgres"))
             _finish(self._psql_argv("-c", sql))
 
+    def _certificate_for_postgresql(self, folder: Path) -> dict[str, str]:
+        """Return the settings that name it; the server insists on a key of its own."""
+        certificates = self._lab.place.certificates
+        names = {"ssl_cert_file": certificates.server, "ssl_key_file": certificates.server_key}
+        for setting, file in names.items():
+            own = folder / setting
+            own.touch(mode=0o600)
+            own.write_bytes(file.read_bytes())
+            shutil.chown(own, "postgres")
+        return {setting: str(folder / setting) for setting in names}
+
     def nginx(self) -> None:
-        """Start nginx with one page."""
+        """Start nginx with one page, over HTTP and HTTPS."""
         folder = self.folder / "nginx"
         (folder / "www").mkdir(parents=True)
         (folder / "www" / "index.html").write_text("orders: 500\n", encoding="utf-8")
         config = folder / "nginx.conf"
-        config.write_text(_NGINX.format(folder=folder, port=HTTP_PORT), encoding="utf-8")
+        files = self._lab.place.certificates
+        text = _NGINX.format(folder=folder, port=HTTP_PORT, tls_port=HTTPS_PORT,
+                             certificate=files.server, key=files.server_key)  # fmt: skip
+        config.write_text(text, encoding="utf-8")
         self._start("nginx", ["nginx", "-e", str(folder / "error.log"), "-c", str(config)])
         self._wait("nginx", lambda: self._answers(HTTP_PORT))
 

@@ -1,5 +1,6 @@
 """What the demo's service accounts do: real clients, run from the accounts' own cgroups.
 
+Some speak TLS and verify the server, as they would without the gate; some do not.
 `appliance.lab.demo` starts each `Workload` in the client namespace. One of them does something it
 should not: the report job reads card numbers that no report needs.
 """
@@ -96,26 +97,32 @@ def workloads(scripts: Path, python: str) -> list[Workload]:
     for name, text in files.items():
         (scripts / name).write_text(text, encoding="utf-8")
     ci = _database("ci_deployer", "ci-pass-7f1")
-    backup = _database("backup_job", "backup-pass-2c9")
+    backup = _database("backup_job", "backup-pass-2c9", tls="disable")
     report = _database("report_job", "report-pass-e40")
+    page = ("curl", "-sS", "--fail")
     psql = ("psql", "-X", "-q")
     bench = ("pgbench", "-n", "-c", "4", "-j", "2", "-t", "25", "-M", "prepared")
     return [
         Workload("ci-deployer", (*psql, "-f", str(scripts / "deploy.sql")), ci),
-        Workload("ci-deployer", ("curl", "-sS", f"http://{SERVER}/"), {}, "http1"),
+        Workload("ci-deployer", (*page, f"http://{SERVER}/"), {}, "http1"),
+        Workload("ci-deployer", (*page, f"https://{SERVER}/"), {}, "http1"),
         Workload("backup-job", (*psql, "-o", "/dev/null", "-c", "COPY orders TO STDOUT"), backup),
         Workload("backup-job", (python, str(scripts / "raw.py"), SERVER), {}, "opaque"),
-        Workload("report-job", (*bench, "-f", str(scripts / "report.sql"), DATABASE), report),
+        Workload(
+            "report-job",
+            (*bench, "-f", str(scripts / "report.sql"), DATABASE),
+            {**report, "PGSSLMODE": "disable"},
+        ),
         Workload("report-job", (python, str(scripts / "driver.py"), ""), report),
     ]
 
 
-def _database(user: str, secret: str) -> dict[str, str]:
+def _database(user: str, secret: str, *, tls: str = "verify-full") -> dict[str, str]:
     return {
         "PGHOST": SERVER,
         "PGDATABASE": DATABASE,
         "PGUSER": user,
         "PGPASSWORD": secret,
-        "PGSSLMODE": "disable",
+        "PGSSLMODE": tls,
         "PGCONNECT_TIMEOUT": "10",
     }

@@ -115,7 +115,9 @@ def _record_hidden(
     direction.received += len(data)
     for hide in hides:
         start = hide.offset - offset
-        digest = session.worker.keys.digest(data[start : start + hide.length])
+        digest = session.worker.keys.hidden(
+            session.number, direction.side.value, hide.offset, data[start : start + hide.length]
+        )
         session.record(Hidden(direction.side.value, hide.offset, hide.length, hide.kind, digest))
 
 

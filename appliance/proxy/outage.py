@@ -73,6 +73,8 @@ def begin(session: Session, now: int) -> None:
             outage.pass_on(session.up, held_back)
     else:
         session.forget_protocol()
+    if session.closed:
+        return
     session.up.flush()
     session.down.flush()
     session.interest()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from appliance.protocols import discover
 from appliance.proxy import effects
-from appliance.proxy.detect import TLS, detect, expected, passed
+from appliance.proxy.detect import detect, expected
 from appliance.proxy.direction import Direction
 from appliance.proxy.loop import DEAD, ENDED, WRITE
 from appliance.proxy.standing import closed
@@ -179,10 +179,6 @@ class Session:
         if direction.ended:
             self.flushed(direction)
 
-    def feed(self, direction: Direction, data: memoryview | bytes, offset: int, now: int) -> None:
-        """Give bytes that are in the evidence to the layer."""
-        effects.feed(self, direction, data, offset, now)
-
     def unrecordable(self) -> None:
         """There is no memory to record received bytes: they go nowhere."""
         if not self.closed:
@@ -245,8 +241,6 @@ class Session:
         self.protocol = name
         worker = self.worker
         worker.lay(_DETECTED, self.number, worker.standing.detected(name, reason), worker.now())
-        if prefix and reason == TLS:
-            self.record(passed(prefix))
         if name == "opaque":
             self.layer = self.worker.opaque
             self.up.relay = self.down.relay = FOREVER
@@ -268,14 +262,16 @@ class Session:
         return prefix or b""
 
     def forget_protocol(self) -> None:
-        """Relay both sides from here on: what the layer holds now, then everything. What it would
-        have decoded is recorded as bytes only.
+        """Relay both sides, as bytes only: what the layer holds, then everything. End the session
+        if the layer has refused a side.
         """
         layer, self.layer = self.layer, self.worker.opaque
         position = self.worker.writer.position
         for direction in (self.up, self.down):
             direction.relay = FOREVER
             held = layer.held(direction.side)
+            if held is None and not direction.ended:
+                self.close("protocol", "gate", reset=True)
             if held and not self.closed:
                 direction.send(held, 0, position)
         self.interest()
@@ -353,9 +349,7 @@ class Session:
             self.interest()
 
     def refuse(self, message: str, reason: str) -> None:
-        """End the session from the gate's side, with the protocol's own error where there is
-        one.
-        """
+        """End the session from the gate's side, with the protocol's own error if there is one."""
         if self.closed or (self.ending is not None and self.ending[0] == reason):
             return
         self.ending = (reason, "gate")

@@ -22,21 +22,12 @@ from appliance.proxy.heartbeat import kernel_counts
 from appliance.proxy.listener import Listener, open_listener, saved_syn, target_of
 from appliance.proxy.refusal import Destinations
 from appliance.proxy.session import LINGER_S, Session
-from appliance.proxy.standing import Standing, closed
+from appliance.proxy.standing import Standing
 from appliance.proxy.tls import Terminator
-from appliance.proxy.upstream import abort, dial
+from appliance.proxy.turned import TurnedAway
+from appliance.proxy.upstream import dial
 from capture.errors import EvidenceError
-from capture.frames import session_name
-from capture.records import (
-    KINDS,
-    Attributed,
-    Decision,
-    Gap,
-    Heartbeat,
-    Refused,
-    SessionClose,
-    SessionOpen,
-)
+from capture.records import KINDS, Decision, Gap, Heartbeat, SessionOpen, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("narrows.gate")
 
 HEARTBEAT_S = 5.0
-OPEN, ATTRIBUTED, CLOSE = KINDS[SessionOpen], KINDS[Attributed], KINDS[SessionClose]
+OPEN = KINDS[SessionOpen]
 #: Descriptors that sessions leave for segments, control connections and the like.
 SPARE_DESCRIPTORS = 128
 #: First and last records of sessions that found no memory are kept for later, so many of them.
@@ -76,7 +67,8 @@ class Worker:
         self.attributor = attributor
         self.sessions: dict[int, Session] = {}
         self.now: Callable[[], int] = time.time_ns
-        self.accepted = self.ended = self.refused = 0
+        self.accepted = self.ended = 0
+        self.turned = TurnedAway(self)
         self.opaque = Opaque()
         self.standing = Standing(number)
         self.tls = Terminator(config)
@@ -127,10 +119,11 @@ class Worker:
         for session in list(self.sessions.values()):
             session.refuse("the gate is stopping", "stopped")
         self.loop.call_later(2 * LINGER_S, self._stop_now)
-        self._check_stopped()
+        self.check_stopped()
 
-    def _check_stopped(self) -> None:
-        if not self.sessions:
+    def check_stopped(self) -> None:
+        """End the stop, if there is one, when nothing is left to be recorded."""
+        if self._stopping is not None and not self.sessions and not self.turned.waiting:
             self._stop_now()
 
     def _stop_now(self) -> None:
@@ -146,7 +139,7 @@ class Worker:
         False.
         """
         try:
-            self.writer.record(session, record, now)
+            self.writer.append(KINDS[type(record)], session, encode(record), now)
         except EvidenceError:
             self._lost_records += 1
             return False
@@ -263,12 +256,14 @@ class Worker:
         route, reason = self._destinations.look_up(*target)
         failed = self.writer.failed is not None
         if route is None or (failed and route.on_evidence_failure == "closed"):
-            self._refuse(near, client, target, reason or "evidence", now)
+            self.turned.refuse(near, client, target, syn, reason or "evidence", now)
             return
         number = self.writer.new_session()
         self.lay(OPEN, number, self.standing.opened(client, target, route), now)
-        session = self._dial(near, client, target, route, number, now)
-        if session is None:
+        try:
+            session = self._dial(near, client, target, route, number, now)
+        except OSError as wrong:
+            self.turned.not_dialled(near, client, target, syn, number, now, wrong)
             return
         self.sessions[number] = session
         if failed:
@@ -282,42 +277,20 @@ class Worker:
     def _dial(
         self, near: socket.SocketType, client: tuple[str, int], target: tuple[str, int],
         route: Route, number: int, now: int,
-    ) -> Session | None:  # fmt: skip
+    ) -> Session:  # fmt: skip
+        """Raises OSError when the upstream socket cannot be had, or not even start to connect."""
         source = client[0] if route.source == "client" else None
+        near.setblocking(False)  # noqa: FBT003 - the method's own way
         try:
-            near.setblocking(False)  # noqa: FBT003 - the method's own way
-            try:
-                far = dial(target, source)
-            except OSError as wrong:
-                lent = wrong.errno == errno.EMFILE and any(x.lend() for x in self._listeners)
-                if not lent:
-                    raise
-                far = dial(target, source)
+            far = dial(target, source)
         except OSError as wrong:
-            self._not_dialled(near, number, now, wrong)
-            return None
+            lent = wrong.errno == errno.EMFILE and any(x.lend() for x in self._listeners)
+            if not lent:
+                raise
+            far = dial(target, source)
         session = Session(self, number, route, client, target, near, far, now)
         self.dialling.add(session)
         return session
-
-    def _refuse(
-        self, near: socket.SocketType, client: tuple[str, int], target: tuple[str, int],
-        reason: str, now: int,
-    ) -> None:  # fmt: skip
-        self.refused += 1
-        reference = session_name(self.writer.new_session())
-        self.record(0, Refused(*client, *target, reason, reference), now)
-        abort(near)
-
-    def _not_dialled(self, near: socket.SocketType, number: int, now: int, wrong: OSError) -> None:
-        """Only reached when the upstream socket could not even start to connect."""
-        reason = "descriptors" if wrong.errno in {errno.EMFILE, errno.ENFILE} else "unreachable"
-        unknown = self.standing.attributed(Attributed(None, "none", "none", "not-connected"))
-        self.lay(ATTRIBUTED, number, unknown, now)
-        end = closed(reason, "gate", 0, 0, 0, now, session_name(number))
-        self.lay(CLOSE, number, end, now)
-        self.refused += 1
-        abort(near)
 
     def _accept_blocked(self, since: int, until: int) -> None:
         detail = "connections wait in the backlog" if not until else "accepting again"
@@ -351,7 +324,7 @@ class Worker:
         if self._full_since and len(self.sessions) < self._most - self._most // 64:
             self._not_full()
         if self._stopping is not None:
-            self._check_stopped()
+            self.check_stopped()
 
     # -- control -----------------------------------------------------------------------------------
 
@@ -372,7 +345,7 @@ class Worker:
         """Return the worker's counters."""
         return {
             "worker": self.number, "pid": os.getpid(), "open": len(self.sessions),
-            "accepted": self.accepted, "closed": self.ended, "refused": self.refused,
+            "accepted": self.accepted, "closed": self.ended, "refused": self.turned.count,
             "position": self.writer.position, "durable": self.writer.durable,
             "failed": str(self.writer.failed or ""),
             "sensor": self.attributor.connected, "sensor_pid": self.attributor.sensor_pid,
@@ -393,7 +366,7 @@ class Worker:
             passive = drops = 0
         unsent = sum(s.up.unsent_bytes + s.down.unsent_bytes for s in self.sessions.values())
         beat = Heartbeat(
-            self.number, len(self.sessions), self.accepted, self.ended, self.refused, passive,
+            self.number, len(self.sessions), self.accepted, self.ended, self.turned.count, passive,
             drops, self.attributor.lost, unsent,
         )  # fmt: skip
         self.record(0, beat, self.now())

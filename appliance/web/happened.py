@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 _EVENTS = (records.Gap, records.Alarm, records.Refused, records.Decision)
 _AUDIT = (records.Access, records.Start, records.Stop, records.Recovered)
 _LIMIT = In("query", "at most so many", least=1, most=1000)
-_CURSOR = In(
-    "query", "`next` of the page before", longest=cursors.MOST, parse=cursors.event
-)  # fmt: skip
+_CURSOR = In("query", "`next` of the page before", pattern=cursors.EVENT, parse=cursors.event)
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,10 @@ def _good(route: Route, components: schema.Components) -> dict[str, Any]:
         content["schema"] = {"type": "string", "format": "binary"}
     else:
         content["schema"] = {"type": "string"}
-    return {"description": "the answer", "content": {route.media: content}}
+    found = {route.media: content}
+    for media in route.also:
+        found[media] = {"schema": {"type": "string", "format": "binary"}}
+    return {"description": "the answer", "content": found}
 
 
 def _problems(route: Route) -> dict[str, Any]:

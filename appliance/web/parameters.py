@@ -29,6 +29,7 @@ Where = Literal["path", "query", "header", "body"]
 
 SESSION = "^[0-9a-f][0-9a-hjkmnp-tv-z]{12}$"
 MOST_NUMBER = (1 << 53) - 1
+MOST_NS = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class In:
     pattern: str = ""
     parse: Callable[[str], Any] | None = None  #: of a value that is not what its schema says
     form: str = ""  #: `format` of the schema
+    told: str = ""  #: `pattern` of the schema where only `parse` can check it
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +102,14 @@ def single(pairs: list[tuple[str, str]]) -> dict[str, str]:
 
 
 def time_ns(text: str) -> int:
-    """Return the nanoseconds of an RFC 3339 time; ValueError otherwise."""
+    """Return the nanoseconds of an RFC 3339 time; ValueError otherwise. A time that no record can
+    have is the nearest one that a record can.
+    """
     try:
         found = nanoseconds(text)
-    except OverflowError as wrong:
-        raise ValueError("it is out of range") from wrong
-    if not -(1 << 63) <= found < 1 << 63:
-        raise ValueError("it is out of range")
-    return found
+    except OverflowError:  # in UTC it is before year 1 or after year 9999
+        found = -MOST_NS if text.startswith("0001") else MOST_NS
+    return min(max(found, -MOST_NS), MOST_NS)
 
 
 def bare(kind: Any) -> Any:

@@ -15,6 +15,7 @@ import logging
 import sqlite3
 import threading
 import time
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
@@ -123,6 +124,7 @@ class Reading:
         thread = ThreadPoolExecutor(1, "stream")
         loop = asyncio.get_running_loop()
         opened: Opened | None = None
+        source: Iterator[bytes] | None = None
         try:
             opened = await loop.run_in_executor(thread, self._open)
             source = content(opened)
@@ -130,7 +132,7 @@ class Reading:
                 yield piece
         finally:
             if opened is not None:
-                thread.submit(_end, opened)
+                thread.submit(_end, opened, source)
             thread.shutdown(wait=False)
             self._streams -= 1
 
@@ -198,6 +200,9 @@ def _gathered(source: Iterator[bytes]) -> bytes:
     return b"".join(found)
 
 
-def _end(opened: Opened) -> None:
+def _end(opened: Opened, source: Iterator[bytes] | None) -> None:
+    """Let go of everything, on the thread that read it; a program that a source runs ends too."""
+    if isinstance(source, Generator):
+        source.close()
     opened.damaged()
     opened.close()

@@ -46,6 +46,10 @@ class Review:
         self.answered: Counter[str] = Counter()  #: requests by status
         self.stopping = asyncio.Event()
 
+    def count(self, status: str) -> None:
+        """Count an answer."""
+        self.answered[status] += 1
+
     def close(self) -> None:
         """End the threads; what was read is in the evidence."""
         self.reading.close()

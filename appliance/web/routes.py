@@ -63,6 +63,7 @@ class Route:
     action: str | None
     handler: Handler
     media: str = JSON
+    also: tuple[str, ...] = ()  #: other media types that it may answer with, each bytes
     answer: Any = None  #: type of the answer, where the handler's signature does not name it
     may: tuple[str, ...] = ()  #: problems besides those of every route
 

@@ -89,7 +89,8 @@ def of_parameter(field: parameters.Field) -> dict[str, Any]:
         told["enum"] = words
     elif given.form or given.parse is not None or kind is str:
         told |= {"maxLength": given.longest}
-        told |= {"pattern": given.pattern} if given.pattern else {}
+        if pattern := given.pattern or given.told:
+            told["pattern"] = pattern
         told |= {"format": given.form} if given.form else {}
     elif kind is bool:
         told["type"] = "boolean"

@@ -26,6 +26,7 @@ from appliance.web import (
     streams,
 )
 from appliance.web.connections import IDLE_S
+from appliance.web.malformed import HEADERS, Protocol
 from appliance.web.problem import Problem, from_body, of_http
 from appliance.web.review import Review
 from appliance.web.routes import JSON, Asked, Nothing, Route
@@ -45,16 +46,12 @@ log = logging.getLogger("narrows.review")
 MOST_BODY = 64 << 10
 BODY_S = 10.0
 STOP_S = 5.0
-HEADERS = {
-    "Strict-Transport-Security": "max-age=31536000",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-    "Server": "narrows",
-}
+#: What aiohttp is told of a connection. A line holds every parameter of a list at its longest.
+BOUNDS: dict[str, Any] = {
+    "max_line_size": 16 << 10, "max_field_size": 8 << 10, "max_headers": 64,
+    "keepalive_timeout": IDLE_S, "lingering_time": 2.0, "auto_decompress": False,
+    "access_log": None,
+}  # fmt: skip
 _BEGUN = web.RequestKey("begun", bool)  #: its answer's head was sent
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="narrows"'}
 
@@ -78,8 +75,8 @@ class Server:
         self._config = config
         self.review = Review(config, store, keys)
         self._runner = web.AppRunner(
-            application(self.review), handle_signals=False, access_log=None,
-            keepalive_timeout=IDLE_S, shutdown_timeout=STOP_S, handler_cancellation=True,
+            application(self.review), handle_signals=False, shutdown_timeout=STOP_S,
+            handler_cancellation=True,
         )  # fmt: skip
         self._listening: asyncio.Server | None = None
         self._sweeping: asyncio.Task[None] | None = None
@@ -101,8 +98,13 @@ class Server:
         serve = self._runner.server
         assert serve is not None, "it was set up"
         loop = asyncio.get_running_loop()
+
+        def connected() -> Protocol:
+            """Take a connection."""
+            return Protocol(serve, self.review.count, loop=loop, **BOUNDS)
+
         self._listening = await loop.create_server(
-            serve, self._config.review.address, self._config.review.port, ssl=tls,
+            connected, self._config.review.address, self._config.review.port, ssl=tls,
             ssl_handshake_timeout=IDLE_S, ssl_shutdown_timeout=STOP_S,
         )  # fmt: skip
         self._sweeping = asyncio.create_task(self.review.connections.sweep(serve))
@@ -121,8 +123,7 @@ class Server:
 def application(review: Review) -> web.Application:
     """Return the application with every route."""
     made = web.Application(
-        middlewares=[partial_middleware(review)], client_max_size=MOST_BODY,
-        handler_args={"max_line_size": 8190, "max_field_size": 8190},
+        middlewares=[partial_middleware(review)], client_max_size=MOST_BODY
     )  # fmt: skip
     for route in ROUTES:
         handler = partial(answer, review, route)
@@ -156,7 +157,7 @@ def partial_middleware(review: Review) -> Any:
             response = bug.response()
         finally:
             review.connections.ended(request.protocol)
-        review.answered[str(response.status)] += 1
+        review.count(str(response.status))
         return response
 
     return problems

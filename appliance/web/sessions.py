@@ -48,14 +48,15 @@ class Which:
     q: Annotated[
         str | None,
         In("query", "words that are in the session, all of them; needs the role reviewer",
-           longest=500, parse=_words),
+           longest=500, parse=_words, told=r"[\p{L}\p{N}]"),
     ] = None  # fmt: skip
-    account: Annotated[str | None, In("query", "of this service account")] = None
+    account: Annotated[str | None, In("query", "of this service account", longest=128)] = None
     unknown: Annotated[bool, In("query", "without a service account")] = False
     state: Annotated[State | None, In("query", "what became of it")] = None
-    protocol: Annotated[str | None, In("query", "of this protocol")] = None
+    protocol: Annotated[str | None, In("query", "of this protocol", longest=32)] = None
     target: Annotated[
-        str | None, In("query", "to this address, or address:port, IPv6 in brackets")
+        str | None,
+        In("query", "to this address, or address:port, IPv6 in brackets", longest=64),
     ] = None
     since: Annotated[
         int | None,
@@ -66,7 +67,7 @@ class Which:
     ] = None
     limit: Annotated[int, In("query", "at most so many", least=1, most=1000)] = 100
     cursor: Annotated[
-        Place | None, In("query", _CURSOR, longest=cursors.MOST, parse=cursors.place)
+        Place | None, In("query", _CURSOR, pattern=cursors.PLACE, parse=cursors.place)
     ] = None
 
     @property
@@ -93,7 +94,7 @@ class Operations:
 
     session: Annotated[str, _ID]
     limit: Annotated[int, In("query", "at most so many", least=1, most=200)] = 100
-    cursor: Annotated[int, In("query", _CURSOR, longest=cursors.MOST, parse=cursors.count)] = 0
+    cursor: Annotated[int, In("query", _CURSOR, pattern=cursors.NUMBER, parse=int)] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class Records:
     session: Annotated[str, _ID]
     kind: Annotated[Kind, In("query", "which records")]
     limit: Annotated[int, In("query", "at most so many", least=1, most=1000)] = 100
-    cursor: Annotated[int, In("query", _CURSOR, longest=cursors.MOST, parse=cursors.count)] = 0
+    cursor: Annotated[int, In("query", _CURSOR, pattern=cursors.NUMBER, parse=int)] = 0
 
 
 @dataclass(frozen=True, slots=True)

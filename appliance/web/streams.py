@@ -18,7 +18,8 @@ from appliance.web.parameters import SESSION, In
 from appliance.web.problem import Problem
 from appliance.web.routes import Route
 from appliance.web.tokens import Right
-from capture.export import ocsf
+from capture.errors import ExportError
+from capture.export import capturefile, ocsf
 from capture.reader import Side
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ SIDES = {
     "up": Side.UP, "down": Side.DOWN, "gate-up": Side.UP_OWN, "gate-down": Side.DOWN_OWN,
 }  # fmt: skip
 BYTES, LINES = "application/octet-stream", "application/x-ndjson"
+PACKETS = "application/x-pcapng"
 _ZEROS = bytes(64 << 10)
 _ID = In("path", "id of the session", pattern=SESSION)
 _RANGE = re.compile(r"bytes=\s*(\d{0,16})-(\d{0,16})\s*", re.ASCII)
@@ -59,7 +61,10 @@ class Export:
     """A session in a format of others."""
 
     session: Annotated[str, _ID]
-    format: Annotated[Literal["ndjson"], In("query", "OCSF events, one a line")] = "ndjson"
+    format: Annotated[
+        Literal["ndjson", "pcapng"],
+        In("query", "ndjson: OCSF events, one a line; pcapng: synthetic TCP, for Wireshark"),
+    ] = "ndjson"
 
 
 async def get_stream(review: Review, asked: Asked, given: Stream) -> web.StreamResponse:
@@ -85,18 +90,24 @@ async def get_stream(review: Review, asked: Asked, given: Stream) -> web.StreamR
 
 
 async def export_session(review: Review, asked: Asked, given: Export) -> web.StreamResponse:
-    """Return a session as OCSF 1.8.0 events: each operation, then the session."""
+    """Return a session as OCSF 1.8.0 events (each operation, then the session), or as a capture
+    file.
+    """
     session = await review.reading.ask(lambda opened: opened.session(given.session))
-    response = web.StreamResponse(
-        headers={"Content-Disposition": f'attachment; filename="{given.session}.ndjson"'}
-    )
-    response.content_type = LINES
+    name = f"{given.session}.{given.format}"
+    response = web.StreamResponse(headers={"Content-Disposition": f'attachment; filename="{name}"'})
+    response.content_type = LINES if given.format == "ndjson" else PACKETS
 
     def content(opened: Opened) -> Iterator[bytes]:
         """Read the bytes."""
+        if given.format == "pcapng":
+            return capturefile.export(opened.reader, [session])
         return ocsf.export(opened.reader, session)
 
-    return await review.send(asked.request, response, content)
+    try:
+        return await review.send(asked.request, response, content)
+    except ExportError as wrong:
+        raise Problem("unavailable", f"the export cannot be made: {wrong}") from wrong
 
 
 def span(text: str, total: int) -> tuple[int, int, bool]:
@@ -157,6 +168,7 @@ ROUTES = (
         media=BYTES, may=("range",),
     ),
     Route(
-        "GET", "/sessions/{session}/export", Right.PAYLOAD, "export", export_session, media=LINES
+        "GET", "/sessions/{session}/export", Right.PAYLOAD, "export", export_session, media=LINES,
+        also=(PACKETS,),
     ),
 )  # fmt: skip

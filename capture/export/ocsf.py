@@ -82,7 +82,9 @@ def refused_line(refused: Event) -> bytes:
         number=session_number(told["reference"]), started=refused.time_ns, ended=refused.time_ns,
         state=State.CLOSED, client=endpoint(told["client"], told["client_port"]),
         target=endpoint(told["target"], told["target_port"]), route=None, worker=None,
-        account=None, assurance="none", how="none", unknown="refused", owner=None, protocol=None,
+        account=told.get("account"), assurance=told.get("assurance", "none"),
+        how=told.get("how", "none"), unknown=told.get("unknown", "refused"),
+        owner=told.get("owner"), protocol=None,
         bytes_up=0, bytes_down=0, operations=0, denied=0, errors=0, hidden=0, gaps=0, alarms=0,
         reason="refused", ended_by="gate",
     )  # fmt: skip

@@ -204,6 +204,20 @@ def test_the_digest_of_hidden_bytes_is_keyed():
     assert keys().digest(b"secret") == whole[:32]
 
 
+def test_equal_hidden_bytes_have_equal_digests_nowhere_else():
+    key = hashlib.sha256(b"narrows hidden bytes\0" + DIGEST).digest()
+    message = struct.pack("<QQ", 7, 40) + b"client\0" + b"password"
+    here = keys().hidden(7, "client", 40, b"password")
+    assert here == hmac.new(key, message, hashlib.sha256).hexdigest()[:32]
+    elsewhere = [(8, "client", 40), (7, "upstream", 40), (7, "client", 41)]
+    found = {keys().hidden(*place, b"password") for place in elsewhere}
+    assert len(found | {here, keys().digest(b"password"), keys().digest(message)}) == 6
+
+
+def test_a_few_hidden_bytes_have_no_digest():
+    assert keys().hidden(7, "client", 40, b"secrets") == ""
+
+
 def test_a_key_file_that_others_may_read_is_refused(tmp_path):
     first = Keys.load_or_create(tmp_path)
     assert Keys.load(tmp_path).key_id == first.key_id == Keys.load_or_create(tmp_path).key_id

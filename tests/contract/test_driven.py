@@ -13,7 +13,7 @@ from capture.records import Fact, Hidden, Operation, Result, Withheld
 
 TRANSCRIPTS = all_transcripts()
 NAMES = [f"{transcript.protocol}/{transcript.name}" for transcript in TRANSCRIPTS]
-PORTS = {"opaque": 9, "http1": 80, "postgresql": 5432}
+PORTS = {"opaque": 9, "http1": 80, "postgresql": 5432, "tls": 443}
 
 
 def play(gate, transcript, cut=None):
@@ -104,4 +104,4 @@ def test_the_driver_writes_the_records_that_the_layer_makes(played, transcript, 
     names = {kind.__name__ for kind in (Operation, Result, Fact, Withheld)}
     assert [record["record"] for record in found if record["record"] in names] == expected
     digests = [record for record in found if record["record"] == Hidden.__name__]
-    assert all(len(record["digest"]) == 32 for record in digests)
+    assert all(len(r["digest"]) == (32 if r["length"] >= 8 else 0) for r in digests)

@@ -1,7 +1,7 @@
 """How the identity gets through: what is on the way of a SYN, and what still names its sender."""
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pytest
 from attributed import PORT, Sessions, echo
 from staging import Stage, own_place, wait_for
 
-from appliance.lab.topology import SERVER4, SERVER6
+from appliance.lab.topology import GATE_SERVER4, GATE_SERVER6, SERVER4, SERVER6
 
 pytestmark = pytest.mark.system
 CLIENT = """
@@ -125,3 +125,64 @@ def test_a_syn_that_lost_its_option_on_the_way_is_named_by_its_event(stage, addr
     with middlebox(stage):
         assert attributed(stage, address) == ("backup-job", "event")
     assert attributed(stage, address) == ("backup-job", "syn")
+
+
+TRIED = """
+import socket, sys
+address, port, source = sys.argv[1], *map(int, sys.argv[2:])
+s = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+s.bind(("", source))
+try:
+    s.connect((address, port))
+    s.recv(1)
+except ConnectionResetError:
+    sys.exit(0)
+sys.exit("nobody refused it")
+"""
+
+
+def tried(stage, address, account="backup-job"):
+    """Let a client of an account try what is not let through; return its port."""
+    port = next(_ports)
+    argv = [sys.executable, "-c", TRIED, address, str(PORT), str(port)]
+    stage.client(argv, account=account)
+    return port
+
+
+@pytest.mark.parametrize("address", [GATE_SERVER4, GATE_SERVER6])
+@pytest.mark.parametrize("account", ["backup-job", None])
+def test_a_connection_that_is_refused_is_recorded_with_its_owner(stage, address, account):
+    port = tried(stage, address, account)
+    sessions = Sessions(stage)
+    (refused,) = wait_for(
+        lambda: [r for r in sessions.more().all("Refused") if r["client_port"] == port]
+    )
+    assert (refused["reason"], refused["account"], refused["how"]) == (
+        "own-address",
+        account,
+        "syn",
+    )
+    assert refused["unknown"] == (None if account else "no-account")
+    assert refused["owner"]["argv"][-1] == str(port)
+
+
+@pytest.mark.parametrize("stripped", [False, True])
+def test_a_connection_that_cannot_even_be_dialled_is_recorded_with_its_owner(stage, stripped):
+    there = "198.51.100.77"
+    assert stage.spawn("gate", ["ip", "route", "add", "unreachable", there]).wait() == 0
+    try:
+        with middlebox(stage) if stripped else nullcontext():
+            port = tried(stage, there)
+    finally:
+        assert stage.spawn("gate", ["ip", "route", "del", "unreachable", there]).wait() == 0
+    sessions = Sessions(stage)
+
+    def closed():
+        records = sessions.more().opened().get(port, {})
+        return records if "SessionClose" in records else None
+
+    records = wait_for(closed)
+    assert records["SessionClose"][0]["reason"] == "unreachable"
+    (found,) = records["Attributed"]
+    assert (found["account"], found["how"]) == ("backup-job", "event" if stripped else "syn")
+    assert found["owner"]["argv"][-1] == str(port)

@@ -24,6 +24,9 @@ def test_the_demo_proves_the_main_job_and_leaves_nothing_behind():
     assert story["verify"]["leaves"] > 0
     accounts = {session["service_account"] for session in story["sessions"]}
     assert accounts == {"ci-deployer", "backup-job", "report-job"}
+    assert story["api"] == {"url": "https://203.0.113.1:8443"}
+    targets = {session["target"] for session in story["sessions"]}
+    assert {f"198.51.100.10:{port}" for port in (80, 443, 5432, 6379)} == targets
     for session in story["sessions"]:
         assert set(session) == KEYS
         assert session["assurance"] == "kernel"

@@ -1,6 +1,8 @@
 import json
 import os
 import signal
+import ssl
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from staging import Stage, own_place, served, wait_for
 
 from appliance.lab import cgroups
 from appliance.lab.topology import SERVER4, SERVER6
+from appliance.proxy.tls import Authority
 
 pytestmark = pytest.mark.system
 
@@ -125,12 +128,65 @@ def test_another_configuration_keeps_the_rest_of_the_labs(make_stage):
     assert stage.config.account[0].name == "ci-deployer"
 
 
+def answer_over_tls(stage, port, files):
+    """Return what curl gets from a HTTPS server on the server host with this certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*files)
+
+    def serve(sock):
+        try:
+            with context.wrap_socket(sock, server_side=True) as tls:
+                tls.recv(1000)
+                tls.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+        except OSError:
+            pass  # the gate refuses
+
+    with stage.listen(SERVER4, port) as listener:
+        thread = served(listener, serve)
+        argv = ["curl", "-sS", "--fail", f"https://{SERVER4}:{port}/"]
+        done = stage.client(argv, account="ci-deployer", check=False, env=stage.environment)
+        thread.join(10)
+
+    def ended():
+        target = f"{SERVER4}:{port}"
+        return [s for s in stage.sessions() if s["target"] == target and s["state"] == "closed"]
+
+    (session,) = wait_for(ended, what="the session's record")
+    return done, session
+
+
+def test_tls_is_opened_and_the_labs_clients_trust_it(stage):
+    files = stage.place.certificates
+    done, session = answer_over_tls(stage, 8443, (files.server, files.server_key))
+    assert (done.stdout, done.stderr) == ("hello", "")
+    assert (session["protocol"], session["counts"]["operations"]) == ("http1", 1)
+
+
+def test_a_server_that_the_labs_authority_does_not_know_is_refused(stage, tmp_path):
+    stranger = Authority.in_folder(tmp_path, "stranger").leaf((SERVER4,))
+    chain, key = tmp_path / "chain.pem", tmp_path / "key.pem"
+    chain.write_bytes(stranger.chain)
+    key.write_bytes(stranger.key)
+    done, session = answer_over_tls(stage, 8444, (chain, key))
+    assert done.returncode == 35  # curl's word for a handshake that failed
+    assert session["close_reason"] == "tls"
+
+
+def test_the_labs_keys_are_for_root_alone(stage):
+    files = stage.place.certificates
+    keys = [files.server_key, files.folder / "ca.key", stage.config.paths.state / "ca.key"]
+    assert [stat.S_IMODE(key.stat().st_mode) for key in keys] == [0o600] * 3
+
+
 def test_the_lab_finds_cgroup_v2_on_a_hybrid_machine():
     assert (cgroups.root() / "cgroup.controllers").exists()
 
 
+NARROWS = (sys.executable, "-m", "appliance")
+
+
 def narrows_lab(*words):
-    argv = [sys.executable, "-m", "appliance", "lab", *words]
+    argv = [*NARROWS, "lab", *words]
     return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=110)
 
 
@@ -158,6 +214,9 @@ def test_the_command_line_runs_the_lab(the_lab, tmp_path):
     assert unknown.returncode == 2
     assert "ci-deployer, backup-job, report-job" in unknown.stderr
     assert the_lab("exec", "--as", "ci-deployer", "--", "sh", "-c", "exit 7").returncode == 7
+    trusted = the_lab("exec", "--", "sh", "-c", 'cat "$SSL_CERT_FILE"').stdout
+    assert trusted.count("BEGIN CERTIFICATE") == 2
+    assert subprocess.check_output([*NARROWS, "ca", "export"], text=True) in trusted
     here = the_lab("exec", "--", "cat", "/proc/self/cgroup").stdout
     assert "/narrows/clients/unassigned" in here
     bad = tmp_path / "bad.toml"

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from netlink_killer import NetlinkKiller
 from redirect_hosts import CLIENTS, Hosts, Server
 from staging import end, wait_for
 
@@ -69,12 +70,21 @@ ports = [8443]
         self._process = None
 
     def start(self):
+        self._process = self._started()
+        wait_for(self._answers, what="the gate")
+
+    def start_and_die(self, environment):
+        """Start it in an environment that kills it, and wait for that."""
+        self._process = self._started(env=environment)
+        _, log = self._process.communicate(timeout=30)
+        assert self._process.returncode == -signal.SIGKILL, log
+        self._process = None
+
+    def _started(self, **options):
         words = ["serve", "gate", "--worker", "0", "--config", self.config.file]
         argv = [sys.executable, "-m", "appliance", *words]
-        self._process = topology.start(
-            self.hosts.namespace("gate"), argv, stderr=subprocess.PIPE, text=True
-        )
-        wait_for(self._answers, what="the gate")
+        gate = self.hosts.namespace("gate")
+        return topology.start(gate, argv, stderr=subprocess.PIPE, text=True, **options)
 
     def _answers(self):
         assert self._process.poll() is None, self._process.stderr.read()
@@ -205,6 +215,21 @@ def test_what_passed_while_the_gate_was_dead_is_a_gap_of_the_next_one(gate, host
     assert gap["packets"] == packets > 6
     assert dead - 20_000_000 <= gap["since"] <= again <= gap["until"]
     assert gap["bytes_up"] > 0 < gap["bytes_down"]
+
+
+def test_a_gate_that_dies_before_a_bypass_is_settled_loses_nothing_of_it(gate, hosts, tmp_path):
+    """Record and counters are both there: it is told again, from the same time on, as a whole."""
+    gate.narrows("apply")
+    assert hosts.connect(SERVER4, 80) == f"server {CLIENT4}"
+    gate.start_and_die(NetlinkKiller(tmp_path).environment(1))
+    assert hosts.counts()["bypass.best effort"] > 0
+    assert hosts.connect(SERVER4, 80) == f"server {CLIENT4}"
+    gate.start()
+    wait_for(lambda: hosts.counts()["bypass.best effort"] == 0, what="the settling")
+    gate.stop()
+    first, again = (gap for _, gap in gate.records(Gap) if gap["reason"] == "bypass")
+    assert abs(first["since"] - again["since"]) < 20_000_000  # the kernel's timers are that exact
+    assert again["packets"] >= 2 * first["packets"] > 6
 
 
 def test_flows_are_recorded_at_the_stop_at_the_latest(gate, hosts):

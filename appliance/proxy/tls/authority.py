@@ -61,15 +61,24 @@ class Authority:
         has none. Raises OSError, KeyFileError.
         """
         if config.tls.ca:
-            certificate, key = Path(config.tls.ca), Path(config.tls.ca_key)
-        else:
-            state = config.paths.state
-            state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            certificate, key = state / "ca.pem", state / "ca.key"
-            if not key.exists():
-                _create(key, _key_pem(ec.generate_private_key(ec.SECP256R1())), 0o600)
-            if not certificate.exists():
-                _create(certificate, pem(_own_certificate(_load_key(key))), 0o644)
+            return cls._load(Path(config.tls.ca), Path(config.tls.ca_key))
+        config.paths.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return cls.in_folder(config.paths.state, "Narrows gate")
+
+    @classmethod
+    def in_folder(cls, folder: Path, name: str) -> Authority:
+        """Return the authority whose files are ca.pem and ca.key in `folder`, making it when they
+        are not there. Raises OSError, KeyFileError.
+        """
+        certificate, key = folder / "ca.pem", folder / "ca.key"
+        if not key.exists():
+            _create(key, _key_pem(ec.generate_private_key(ec.SECP256R1())), 0o600)
+        if not certificate.exists():
+            _create(certificate, pem(_own_certificate(_load_key(key), name)), 0o644)
+        return cls._load(certificate, key)
+
+    @classmethod
+    def _load(cls, certificate: Path, key: Path) -> Authority:
         try:
             loaded = x509.load_pem_x509_certificate(certificate.read_bytes())
         except ValueError as wrong:
@@ -124,22 +133,28 @@ def fingerprint(certificate: x509.Certificate) -> str:
     return certificate.fingerprint(hashes.SHA256()).hex()
 
 
-def names_of(certificate: x509.Certificate) -> tuple[str, ...]:
+def names_of(der: bytes) -> tuple[str, ...]:
     """Return the host names and addresses that a certificate is for; its common name when it lists
-    none.
+    none; none at all when it cannot be read.
     """
     try:
+        certificate = x509.load_der_x509_certificate(der)
+        names = _alternatives(certificate)
+        if not names:
+            common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+            names = [str(each.value) for each in common[:1]]
+    except Exception:  # noqa: BLE001 - a peer's certificate may be anything; the record says what
+        return ()
+    return tuple(name for name in names if name and name.isascii())[:MOST_NAMES]
+
+
+def _alternatives(certificate: x509.Certificate) -> list[str]:
+    try:
         listed = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
-        listed = None
-    names: list[str] = []
-    if listed is not None:
-        names += listed.get_values_for_type(x509.DNSName)
-        names += [str(each) for each in listed.get_values_for_type(x509.IPAddress)]
-    if not names:
-        common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        names = [str(each.value) for each in common[:1] if str(each.value).isascii()]
-    return tuple(names[:MOST_NAMES])
+    except x509.ExtensionNotFound:
+        return []
+    addresses = [str(each) for each in listed.get_values_for_type(x509.IPAddress)]
+    return [*listed.get_values_for_type(x509.DNSName), *addresses]
 
 
 def read_private(path: Path) -> bytes:
@@ -166,12 +181,12 @@ def _usage(*, ca: bool) -> x509.KeyUsage:
     )  # fmt: skip
 
 
-def _own_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+def _own_certificate(key: ec.EllipticCurvePrivateKey, common_name: str) -> x509.Certificate:
     now = datetime.now(UTC)
     number = secrets.token_hex(4)  # two gates' authorities must not have one name
     name = x509.Name([
         x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Narrows"),
-        x509.NameAttribute(NameOID.COMMON_NAME, f"Narrows gate {number}"),
+        x509.NameAttribute(NameOID.COMMON_NAME, f"{common_name} {number}"),
     ])  # fmt: skip
     return (
         x509.CertificateBuilder()

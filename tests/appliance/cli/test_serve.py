@@ -56,3 +56,12 @@ def test_a_process_whose_keys_others_may_read_does_not_start(narrows):
 @pytest.mark.parametrize("number", ["-1", "x", "1000"])
 def test_a_workers_number_is_a_small_one(narrows, number):
     assert narrows("serve", "gate", "--worker", number).code == 2
+
+
+@pytest.mark.parametrize("process", ["gate", "review"])
+def test_captured_bytes_are_not_kept_on_a_disk(narrows, process):
+    answer = narrows("serve", process)
+    assert (answer.code, answer.out) == (78, "")
+    assert "paths.run" in answer.err
+    assert "tmpfs" in answer.err
+    assert not list(narrows.evidence.store.hot.iterdir())

@@ -423,23 +423,31 @@ def test_an_export_has_a_line_for_each_operation_and_session(narrows, story):
 def test_all_exports_every_session_oldest_first_and_refused_connections(narrows, story):
     with narrows.evidence.writer("gate-1") as gate:
         reference = session_name(gate.writer.new_session())
-        refused = Refused("192.0.2.10", 4, "203.0.113.1", 22, "management", reference)
+        refused = Refused(
+            "192.0.2.10", 4, "203.0.113.1", 22, "management", reference, "ci-deployer", "kernel",
+            "syn", None, {"pid": 4711, "exe": "/usr/bin/ssh"},
+        )  # fmt: skip
         gate.record(0, refused)
+    narrows("sessions", "show", session_name(story[1]))
     events = [json.loads(line) for line in narrows("sessions", "export", "--all").out.splitlines()]
     whole = [event for event in events if event["class_uid"] == 4001]
+    read = [event for event in events if event["class_uid"] == 6003]
+    assert read[-1]["resources"] == [{"uid": session_name(story[1]), "type": "session"}]
     assert [event["metadata"]["uid"] for event in whole] == [
         *map(session_name, story), reference,
     ]  # fmt: skip
     assert whole[-1]["activity_name"] == "Refuse"
     assert whole[-1]["status_detail"] == "management"
     assert whole[-1]["dst_endpoint"] == {"ip": "203.0.113.1", "port": 22}
+    assert whole[-1]["actor"]["user"]["name"] == "ci-deployer"
+    assert whole[-1]["actor"]["process"]["pid"] == 4711
 
 
 def test_an_export_can_go_into_a_folder(narrows, story, tmp_path):
     out = tmp_path / "a" / "b"
     answer = narrows("sessions", "export", "--all", "--output", str(out))
     assert (answer.code, answer.out) == (0, "")
-    names = {f"{session_name(number)}.ndjson" for number in story} | {"refused.ndjson"}
+    names = {f"{session_name(number)}.ndjson" for number in story} | {"records.ndjson"}
     assert {path.name for path in out.iterdir()} == names
     lines = (out / f"{session_name(story[0])}.ndjson").read_text().splitlines()
     assert len(lines) == 4
@@ -466,6 +474,29 @@ def test_raw_goes_into_the_working_folder_unless_told_otherwise(
     monkeypatch.chdir(tmp_path / "here")
     assert narrows("sessions", "export", session_name(story[1]), "--format", "raw").code == 0
     assert len(list((tmp_path / "here").iterdir())) == 2
+
+
+def test_a_capture_file_is_written_for_each_session_or_all_into_one(narrows, story, tmp_path):
+    out = tmp_path / "captures"
+    names = [session_name(number) for number in story[:2]]
+    answer = narrows("sessions", "export", *names, "--format", "pcapng", "--output", str(out))
+    assert (answer.code, answer.out, answer.err) == (0, "", "")
+    files = sorted(out.iterdir())
+    assert [file.name for file in files] == sorted(f"{name}.pcapng" for name in names)
+    for file, name in zip(files, sorted(names), strict=True):
+        content = file.read_bytes()
+        assert content.startswith(b"\x0a\x0d\x0d\x0a")
+        assert f"Narrows session {name}\n".encode() in content
+        assert file.stat().st_mode & 0o777 == 0o600
+    with (tmp_path / "all.pcapng").open("wb") as file:
+        argv = [sys.executable, "-m", "appliance", "sessions", "export", "--all", "--format",
+                "pcapng", "--output", "-", "--config", str(narrows.config)]  # fmt: skip
+        subprocess.run(argv, stdout=file, check=True, timeout=60)
+    whole = (tmp_path / "all.pcapng").read_bytes()
+    assert all(whole.count(f"Narrows session {name}\n".encode()) == 2 for name in names)
+    assert ("export", [names[0]], "allowed") in [
+        (action, objects[:1], outcome) for action, objects, outcome in narrows.reads()
+    ]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ def make_gate(tmp_path, certificates):
         if words["tls_verify"] != "pinned":
             del words["tls_ca"]
         gate = Gate(tmp_path / f"gate-{len(made)}", **words)
-        gate.worker._started = True  # it has no listeners; without it the writer wakes nobody
         gate.ca = gate.config.paths.state / "ca.pem"
         made.append(gate)
         return gate

@@ -1,11 +1,10 @@
-"""PostgreSQL over TLS that the gate opens: every sslmode and channel_binding of two libpqs against
-two servers.
+"""PostgreSQL over TLS that the gate opens: every sslmode and channel_binding of psql, with two
+libpqs, against two servers.
 """
 
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pgserver
 import psycopg
@@ -20,16 +19,6 @@ MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 BINDINGS = ("prefer", "disable", "require")
 REFUSED, UNBOUND = "SCRAM channel binding does not pass", "channel binding is required"
 ASKED = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
-#: Where servers with TLS may be; the wheel that other tests use for 18 is built without it.
-FOLDERS = {
-    15: ["/usr/lib/postgresql/15/bin"],
-    18: [os.environ.get("POSTGRESQL18_TLS", ""), "/usr/lib/postgresql/18/bin"],
-}
-
-
-def programs(version):
-    found = [Path(each) for each in FOLDERS[version] if each and (Path(each) / "postgres").exists()]
-    return found[0] if found else None
 
 
 class TlsServer(PgServer):
@@ -38,7 +27,7 @@ class TlsServer(PgServer):
     def __init__(self, version, certificates):
         self.certificate, self.key = certificates.server(NAME)
         super().__init__(version)
-        self.programs = programs(version)
+        self.programs = pgserver.binaries_with_tls(version)
         for file, name in ((self.certificate, "server.crt"), (self.key, "server.key")):
             shutil.copyfile(file, self.folder / name)
             os.chmod(self.folder / name, 0o600)
@@ -56,21 +45,17 @@ class TlsServer(PgServer):
 
 @pytest.fixture(params=(15, 18))
 def server(request, certificates):
-    if programs(request.param) is None:
-        pytest.skip(
-            f"no PostgreSQL {request.param} with TLS; POSTGRESQL{request.param}_TLS names one"
-        )
     with TlsServer(request.param, certificates) as started:
         yield started
 
 
-def libpq15(port, ca, mode, binding, user):
-    """Return "t" or "f", whether the server sees TLS, or the error; psql 15."""
+def libpq15(port, ca, mode, binding, user, **more):
+    """Return "t" or "f", whether the server sees TLS, or the error; psql as Debian has it."""
     environment = {
         "PATH": os.environ["PATH"], "PGPASSWORD": PASSWORD, "PGSSLMODE": mode,
         "PGCHANNELBINDING": binding, "PGSSLROOTCERT": str(ca), "PGHOSTADDR": "127.0.0.1",
         "PGCONNECT_TIMEOUT": "10",
-    }  # fmt: skip
+    } | more  # fmt: skip
     argv = [pgserver.binaries(15) / "psql", "-XAtq", "-h", NAME, "-p", str(port), "-U", user, "-d",
             "shop", "-c", ASKED]  # fmt: skip
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
@@ -78,16 +63,10 @@ def libpq15(port, ca, mode, binding, user):
 
 
 def libpq18(port, ca, mode, binding, user, negotiation="postgres"):
-    """Return the same; psycopg's libpq."""
-    try:
-        with psycopg.connect(
-            host=NAME, hostaddr="127.0.0.1", port=port, user=user, password=PASSWORD, dbname="shop",
-            sslmode=mode, channel_binding=binding, sslrootcert=str(ca), connect_timeout=10,
-            sslnegotiation=negotiation,
-        ) as connection:  # fmt: skip
-            return "t" if connection.execute(ASKED).fetchone()[0] else "f"
-    except psycopg.Error as wrong:
-        return str(wrong)
+    """Return the same; psql with the libpq of PostgreSQL 18, which has direct TLS."""
+    library = str(pgserver.binaries_with_tls(18).parent / "lib")
+    return libpq15(port, ca, mode, binding, user, LD_LIBRARY_PATH=library,
+                   PGSSLNEGOTIATION=negotiation)  # fmt: skip
 
 
 def all_modes(gate, server, ca, user="scram"):
@@ -169,15 +148,48 @@ def test_other_ways_to_authenticate_pass_and_leave_no_password(server, make_gate
         ]  # fmt: skip
 
 
-def test_direct_tls_is_opened_and_decoded(server, make_gate):
-    if server.version < 17:
-        return  # it came with 17
-    gate = make_gate()
-    port = gate.listen((server.host, server.port))
-    assert gate.serve(libpq18, port, gate.ca, "verify-full", "disable", "scram", "direct") == "t"
+@pytest.mark.parametrize("mode", MODES[3:])
+@pytest.mark.parametrize("own", [False, True])
+def test_direct_tls_is_opened_and_decoded(certificates, make_gate, mode, own):
+    with TlsServer(18, certificates) as server:
+        words = {"tls_certificate": str(server.certificate), "tls_key": str(server.key)}
+        gate = make_gate(**words if own else {})
+        ca = server.certificate.parent / "ca.pem" if own else gate.ca
+        port = gate.listen((server.host, server.port))
+        for binding in ("disable", "require", "prefer"):
+            got = gate.serve(libpq18, port, ca, mode, binding, "scram", "direct")
+            if own or binding == "disable":
+                assert got == "t", binding
+            else:
+                assert {"prefer": REFUSED, "require": UNBOUND}[binding] in got
+    told_of = told(gate)
+    assert len(told_of) == 3
+    for found, _ in told_of[: 3 if own else 1]:
+        assert any(each["record"] == "Operation" and each["text"] == ASKED for each in found)
+    for found, _ in told_of:
+        alpn = [each["alpn"] for each in found if each["record"] == "Tls"]
+        assert alpn == ["", "postgresql"]
+
+
+@pytest.mark.parametrize("version", [15, 18])
+def test_direct_tls_to_a_server_in_the_clear_ends_at_the_gate(certificates, make_gate, version):
+    with TlsServer(version, certificates) as server:
+        gate = make_gate(tls_upstream="plain", tls_verify="off")
+        port = gate.listen((server.host, server.port))
+        got = gate.serve(libpq18, port, gate.ca, "verify-full", "prefer", "scram", "direct")
+        assert got == "f"
+
+
+def test_direct_tls_to_a_server_that_has_none_fails_by_the_upstream(certificates, make_gate):
+    with TlsServer(15, certificates) as server:
+        gate = make_gate()
+        port = gate.listen((server.host, server.port))
+        ca = server.certificate.parent / "ca.pem"
+        words = (ca, "verify-full", "prefer", "scram", "direct")
+        assert "SSL SYSCALL error" in libpq18(server.port, *words)  # it just hangs up
+        assert "SSL error" in gate.serve(libpq18, port, *words)  # the gate sends an alert
     ((found, _),) = told(gate)
-    assert any(each["record"] == "Operation" and each["text"] == ASKED for each in found)
-    assert [each["alpn"] for each in found if each["record"] == "Tls"] == ["", "postgresql"]
+    assert [each["by"] for each in found if each["record"] == "Tls"] == ["", "upstream"]
 
 
 def test_a_cancel_request_in_tls_is_decoded(server, make_gate):

@@ -4,6 +4,7 @@ fails: real sockets, the real worker and writer; only the layers are made for th
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
 import time
@@ -16,6 +17,7 @@ sys.path.append(str(Path(__file__).parents[2] / "contract"))
 from driven import Gate, half_stream, records
 
 from appliance.config import Attribution
+from appliance.proxy import outage
 from appliance.proxy.session import MOST_OWN_BYTES, Session
 from appliance.sansio import (
     BOTH,
@@ -83,8 +85,14 @@ def gate(tmp_path):
 
 def converse(gate, layer):
     """Return a conversation that this layer has, and the layer."""
-    talk = gate.connect()
+    talk = converse_on(gate, layer)
     gate.talks.append(talk)
+    return talk
+
+
+def converse_on(gate, layer):
+    """As `converse`, on a gate whose ends are the test's business."""
+    talk = gate.connect()
     talk.session.prefix = None
     talk.session.protocol = "test"
     talk.session.layer = layer
@@ -271,21 +279,22 @@ class Secretive(Plain):
     sensitive = ONLY_CLIENT
 
     def data(self, event):
-        at = bytes(event.data).find(b"secret")
-        hide = [Hide(CLIENT, event.offset + at, 6, "password")] if at >= 0 else []
+        at = bytes(event.data).find(b"a secret")
+        hide = [Hide(CLIENT, event.offset + at, 8, "password")] if at >= 0 else []
         return [*hide, *super().data(event)]
 
 
 def test_what_a_layer_hides_arrives_and_is_recorded_blank(gate):
     talk = converse(gate, Secretive())
     talk.say(CLIENT, b"user; ")
-    talk.say(CLIENT, b"my secret!")
-    assert hear(talk, UPSTREAM, 16) == b"user; my secret!"
+    talk.say(CLIENT, b"say a secret!")
+    assert hear(talk, UPSTREAM, 19) == b"user; say a secret!"
     frames, found = finished(gate, talk)
-    assert half_stream(frames, talk.session.number, Kind.UP) == b"user; my \0\0\0\0\0\0!"
+    assert half_stream(frames, talk.session.number, Kind.UP) == b"user; say " + bytes(8) + b"!"
     (hidden,) = [record for record in found if record["record"] == "Hidden"]
-    assert (hidden["offset"], hidden["length"], hidden["kind"]) == (9, 6, "password")
-    assert hidden["digest"] == gate.keys.digest(b"secret")
+    assert (hidden["offset"], hidden["length"], hidden["kind"]) == (10, 8, "password")
+    expected = gate.keys.hidden(talk.session.number, "client", 10, b"a secret")
+    assert hidden["digest"] == expected
     assert not any(b"secret" in payload for *_, payload in frames)
 
 
@@ -408,6 +417,40 @@ def test_a_refusal_is_given_once(gate):
     assert found[-1]["reference"] in said.decode()
 
 
+@pytest.mark.parametrize("how", ["outage", "bug"])
+def test_after_a_request_was_refused_nothing_passes_without_the_layer(tmp_path, how):
+    gate = Gate(tmp_path, on_evidence_failure="open")
+    talk = gate.connect(80)
+    first = b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n"
+    talk.say(CLIENT, first)
+    talk.say(CLIENT, b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n")  # answered after /slow
+    assert hear(talk, UPSTREAM, len(first)) == first
+    if how == "outage":
+        outage.begin(talk.session, gate.worker.now())
+    else:
+        talk.session.forget_protocol()
+    with contextlib.suppress(OSError):
+        talk.client.sendall(b"DELETE /smuggled HTTP/1.1\r\nHost: a\r\n\r\n")
+    turn(gate)
+    turn(gate)
+    assert talk.heard(UPSTREAM) == b""
+    assert talk.session.closed
+    _, found = finished(gate, talk)
+    assert (found[-1]["reason"], found[-1]["by"]) == ("protocol", "gate")
+
+
+def test_on_a_route_that_waits_for_the_disk_bytes_leave_when_they_are_durable(tmp_path):
+    gate = Gate(tmp_path, durability="fsync")
+    talk = converse_on(gate, Plain())
+    talk.say(CLIENT, b"question")
+    said = gate.worker.writer.position
+    assert hear(talk, UPSTREAM, 8) == b"question"
+    assert gate.worker.writer.durable >= said
+    talk.say(UPSTREAM, b"answer")
+    assert hear(talk, CLIENT, 6) == b"answer"
+    finished(gate, talk)
+
+
 # -- evidence and identity
 
 
@@ -524,10 +567,10 @@ def test_records_that_find_no_memory_become_a_gap(gate):
     def full(*_arguments, **_options):
         raise EvidenceError("no memory left")
 
-    record, gate.worker.writer.record = gate.worker.writer.record, full
+    append, gate.worker.writer.append = gate.worker.writer.append, full
     for _ in range(3):
         talk.session.record(Fact("lost", {}))
-    gate.worker.writer.record = record
+    gate.worker.writer.append = append
     gate.worker._evidence_moved()
     frames, _ = finished(gate, talk)
     (gap,) = [r for r in records(frames, 0) if r["record"] == "Gap"]

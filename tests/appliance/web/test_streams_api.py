@@ -2,6 +2,9 @@
 
 import json
 import random
+import socket
+import time
+from pathlib import Path
 
 import pytest
 from review_evidence import SETTINGS
@@ -10,7 +13,7 @@ from appliance.web import reading
 from appliance.web.problem import Problem
 from appliance.web.streams import SIDES, cut, span
 from capture import index_query
-from capture.export import ocsf
+from capture.export import capturefile, ocsf
 from capture.frames import Kind, session_name, session_number
 from capture.reader import Reader
 from capture.records import Hidden
@@ -38,6 +41,11 @@ def recorded(shared):
         gate.up(secret, b"after")
         gate.record(secret, Hidden("client", 26, 2, "password", "ab"))
         gate.close(secret)
+        long = gate.open()
+        for _ in range(16):
+            gate.up(long, UP)
+        gate.close(long)
+        shared.long = session_name(long)
         holes = gate.open()
         gate.up(holes, b"first")
         gate.sent[holes, Kind.UP] = 10
@@ -152,6 +160,46 @@ def test_an_export_is_the_command_lines(recorded):
         reader.close()
     assert answer.body == expected
     assert json.loads(answer.body)["class_uid"] == 4001
+
+
+def test_a_capture_file_is_what_the_command_line_writes(recorded):
+    for name in (recorded.session, recorded.secret, recorded.holes):
+        answer = recorded.get(f"/sessions/{name}/export", format="pcapng")
+        assert answer.headers["Content-Type"] == "application/x-pcapng"
+        assert f'filename="{name}.pcapng"' in answer.headers["Content-Disposition"]
+        with recorded.evidence.index() as index:
+            reader = Reader(recorded.evidence.store, recorded.evidence.keys, index)
+            session = index_query.session(index, session_number(name))
+            expected = b"".join(capturefile.export(reader, [session]))
+            reader.close()
+        assert answer.body == expected
+        assert len(answer.body) > 500
+
+
+def children():
+    """The programs that this process runs now."""
+    return [
+        process
+        for task in Path("/proc/self/task").iterdir()
+        for process in (task / "children").read_text().split()
+    ]
+
+
+def test_the_program_of_a_capture_file_ends_with_its_request(recorded):
+    running = len(children())
+    with recorded.raw() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        head = (
+            f"GET /api/v1/sessions/{recorded.long}/export?format=pcapng HTTP/1.1\r\nHost: x\r\n"
+            f"Authorization: Bearer {recorded.tokens['admin']}\r\n\r\n"
+        )
+        sock.sendall(head.encode())
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+        assert len(children()) == running + 1  # more than its pipes and sockets hold is to come
+    until = time.monotonic() + 20
+    while len(children()) > running:
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_more_streams_than_there_may_be_are_told_to_come_back(recorded):
