@@ -1,14 +1,14 @@
-"""`./run bench [bulk|pg|connect|pingpong|idle ...] [--rounds N] [--json]`."""
+"""`./run bench [WORK ...] [--rounds N] [--sessions N] [--json]`; the works: docs/benchmarks.md."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -20,15 +20,22 @@ from bench.capture_check import CaptureCheck
 from bench.idle import idle
 from bench.pg import pg
 from bench.report import Report
+from bench.search import search
 from bench.stage import Stage, StageError
+from bench.web import http, tls
 from bench.works import bulk, connect, pingpong
 from capture.crypt import Keys
 
-WORKS = {"bulk": bulk, "connect": connect, "pingpong": pingpong, "idle": idle, "pg": pg}
+WORKS = {
+    "bulk": bulk, "connect": connect, "pingpong": pingpong, "idle": idle, "pg": pg, "http": http,
+    "tls": tls,
+}  # fmt: skip
+SEARCH = "search"  #: needs no hosts and no gate
 VERSIONS = {
     "haproxy": ["haproxy", "-v"],
     "pgbouncer": ["pgbouncer", "--version"],
     "postgresql": ["psql", "--version"],
+    "nginx": ["nginx", "-v"],
 }
 
 
@@ -42,16 +49,15 @@ def _machine() -> dict[str, object]:
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "cpu": f"{os.cpu_count()} x {model}",
         "kernel": platform.release(),
-        "python": platform.python_version(),
-        "uvloop": importlib.metadata.version("uvloop"),
+        "python": f"{platform.python_version()}, {ssl.OPENSSL_VERSION}",
         **{name: _version(argv) for name, argv in VERSIONS.items()},
         "load before": f"{os.getloadavg()[0]:.2f}",
     }
 
 
 def _version(argv: list[str]) -> str:
-    said = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
-    found = re.search(r"\d+\.\d+[\w.]*", said)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    found = re.search(r"\d+\.\d+[\w.]*", done.stdout + done.stderr)
     return found[0] if found else "unknown"
 
 
@@ -65,23 +71,40 @@ def _warn_of_memory() -> None:
 
 def _words() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./run bench", description=__doc__)
-    parser.add_argument("work", nargs="*", choices=[[], *WORKS], default=[])
+    parser.add_argument("work", nargs="*", choices=[[], *WORKS, SEARCH], default=[])
     parser.add_argument(
         "--rounds", type=int, default=5, help="counted rounds of every path (default 5)"
+    )
+    parser.add_argument(
+        "--sessions", type=int, default=1_000_000, help="for search (default a million)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
     words = parser.parse_args()
     if words.rounds < 1:
         parser.error("--rounds is 1 or more")
+    if words.sessions < 1:
+        parser.error("--sessions is 1 or more")
     return words
 
 
 def _run(words: argparse.Namespace, report: Report) -> bool:
+    chosen = words.work or [*WORKS, SEARCH]
+    correct = True
+    if any(name in WORKS for name in chosen):
+        correct = _staged([name for name in chosen if name in WORKS], words.rounds, report)
+    if SEARCH in chosen:
+        print("bench: search", file=sys.stderr, flush=True)
+        search(report, words.rounds, words.sessions)
+    return correct
+
+
+def _staged(works: list[str], rounds: int, report: Report) -> bool:
+    """Run the works that need hosts; say whether what was captured is what was sent."""
     check = CaptureCheck()
     with Stage() as stage:
-        for name in words.work or list(WORKS):
+        for name in works:
             print(f"bench: {name}", file=sys.stderr, flush=True)
-            WORKS[name](stage, report, words.rounds)
+            WORKS[name](stage, report, rounds)
         print("bench: comparing the capture with what was sent", file=sys.stderr, flush=True)
         stage.lab.stop()  # in an orderly way: everything is committed after it
         check.read(stage.store, Keys.load(stage.store.state))

@@ -107,9 +107,9 @@ class Report:
         value = gate / other if other > 0 else float("inf")
         self.goals.append(Goal(work, f"{unit} added against {peer}", value, goal, most=True))
 
-    def limit(self, work: str, unit: str, goal: float) -> None:
-        """Judge the gate's median by an upper bound."""
-        row = self.rows[work, "gate", unit]
+    def limit(self, work: str, unit: str, goal: float, path: str = "gate") -> None:
+        """Judge the median of one path, the gate's by itself, by an upper bound."""
+        row = self.rows[work, path, unit]
         self.goals.append(Goal(work, unit, row.median, goal, most=True))
 
     def _paired(self, work: str, unit: str, above: str, below: str) -> float:

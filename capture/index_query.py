@@ -128,6 +128,14 @@ _STATES = {
     State.CUT: "s.closed IS NULL AND e.time IS NOT NULL",
     State.RUNNING: "s.closed IS NULL AND e.time IS NULL",
 }
+#: That a session has an expression: of one session, cheap where few sessions are looked at...
+_HAS = """EXISTS (
+    SELECT 1 FROM search AS f CROSS JOIN text AS t ON t.id = f.rowid
+    WHERE f.words MATCH ? AND f.rowid >= (s.started / 1000000 << 20) AND f.rowid <= coalesce(
+        (SELECT last FROM overflowing WHERE session = s.id), (s.started / 1000000 + 1 << 20) - 1
+    ) AND t.session = s.id
+)"""
+#: ...and of all sessions.
 _FOUND = (
     "s.id IN (SELECT session FROM text WHERE id IN (SELECT rowid FROM search WHERE search MATCH ?))"
 )
@@ -147,8 +155,9 @@ def sessions(index: Index, chosen: Filter) -> Iterator[Session]:
 def _listed(index: Index, chosen: Filter) -> Iterator[Session]:
     """Yield in pages, so that a slow reader of the list does not hold the database."""
     tests, values = _tests(chosen)
+    few = chosen.state in (State.RUNNING, State.CUT)
     for expression in expressions(chosen.words) if chosen.words else ():
-        tests.append(_FOUND)
+        tests.append(_HAS if few else _FOUND)
         values.append(expression)
     order, after = ("ASC", ">") if chosen.oldest_first else ("DESC", "<")
     more = [] if chosen.after is None else [f"(s.started, s.id) {after} (?, ?)"]
@@ -179,7 +188,8 @@ def _newest_found(index: Index, chosen: Filter) -> Iterator[Session]:
             wanted += expressions('"' + text.replace('"', " ") + '"')
     query = f"{_SESSIONS} WHERE {' AND '.join(['s.id = ?', *tests])}"
     before = None if chosen.after is None else (chosen.after.started, stored(chosen.after.session))
-    until = None if before is None else before[0] + 1
+    ends = [end for end in (chosen.until, before and before[0] + 1) if end is not None]
+    until = max(min(ends), 0) if ends else None
     for rows in newest(index.db, wanted, max(chosen.since or 0, 0), until):
         found = (index.db.execute(query, (row, *values)).fetchone() for row in rows)
         together = [_session(row) for row in found if row is not None]

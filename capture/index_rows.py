@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from capture import records
-from capture.index_schema import BOUNDARY, MOST_TEXTS, first_text, stored
+from capture.index_schema import BOUNDARY, MOST_TEXTS, first_text, stored, text_moment
 
 if TYPE_CHECKING:
     import sqlite3
@@ -114,7 +114,7 @@ def _put_sessions(db: sqlite3.Connection, sessions: dict[int, Touched]) -> None:
 
 def _put_texts(db: sqlite3.Connection, sessions: dict[int, Touched]) -> None:
     boundary = f" {BOUNDARY} "
-    texts, words, continued = [], [], []
+    texts, words, overflowing = [], [], []
     free: dict[int, int] = {}
     for session, touched in sessions.items():
         if not touched.texts:
@@ -122,14 +122,15 @@ def _put_texts(db: sqlite3.Connection, sessions: dict[int, Touched]) -> None:
         row, started = stored(session), touched.started
         if touched.client is None:  # its beginning was in an earlier transaction
             (started,) = db.execute("SELECT started FROM session WHERE id = ?", (row,)).fetchone()
-            continued.append((row,))
         identity = _free_text(db, free, first_text(started))
+        if text_moment(identity) != text_moment(first_text(started)):
+            overflowing.append((row, identity))
         texts.append((identity, row))
         words.append((identity, boundary.join(touched.texts)))
     words.sort()  # SQLite writes out what it has collected whenever ids do not grow
     db.executemany("INSERT INTO text VALUES (?, ?)", texts)
     db.executemany("INSERT INTO search (rowid, words) VALUES (?, ?)", words)
-    db.executemany("INSERT OR IGNORE INTO continued VALUES (?)", continued)
+    db.executemany("INSERT OR REPLACE INTO overflowing VALUES (?, ?)", overflowing)
 
 
 def _free_text(db: sqlite3.Connection, free: dict[int, int], first: int) -> int:

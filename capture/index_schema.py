@@ -9,7 +9,7 @@ which the extents point into.
 from __future__ import annotations
 
 #: Written into the file; an index of another version is thrown away and filled anew.
-VERSION = 3
+VERSION = 4
 
 PRAGMAS = """
 PRAGMA journal_mode = WAL;
@@ -67,8 +67,9 @@ CREATE TABLE ended (incarnation INTEGER PRIMARY KEY, time INTEGER NOT NULL);
 -- What the rows of `search` belong to. Their ids begin with the time at which the session began, so
 -- that going through them backwards finds the newest sessions first (`first_text`).
 CREATE TABLE text (id INTEGER PRIMARY KEY, session INTEGER NOT NULL);
--- Sessions whose words are in more than one row of `search`.
-CREATE TABLE continued (session INTEGER PRIMARY KEY);
+-- Sessions with so many rows of `search` that they took ids of later milliseconds too, and their
+-- last id.
+CREATE TABLE overflowing (session INTEGER PRIMARY KEY, last INTEGER NOT NULL);
 CREATE VIRTUAL TABLE search USING fts5 (
     words, content = '', columnsize = 0, tokenize = "unicode61 remove_diacritics 2"
 );
@@ -102,3 +103,13 @@ def first_text(started: int) -> int:
 def text_moment(identity: int) -> int:
     """Return the millisecond of a text's id."""
     return identity >> _TEXT_BITS
+
+
+def moment_start(moment: int) -> int:
+    """Return the first id of a millisecond."""
+    return moment << _TEXT_BITS
+
+
+def moment_end(moment: int) -> int:
+    """Return the id after the last one of a millisecond."""
+    return moment + 1 << _TEXT_BITS

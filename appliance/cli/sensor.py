@@ -18,7 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(words: argparse.Namespace) -> int:
     """Run the sensor in the foreground."""
-    from appliance import daemon
+    from appliance.daemon import sensor
 
     logging.basicConfig(level=logging.INFO, format="sensor %(levelname)s %(message)s")
-    return daemon.sensor(settings.chosen(words))
+    return sensor.run(settings.chosen(words))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+from typing import TYPE_CHECKING
 
 from appliance.cli import settings
 from appliance.cli.outcome import UNAVAILABLE, Refusal
 from appliance.cli.printable import printable
 from appliance.live import AlreadyRuns
 from capture.errors import EvidenceError
+
+if TYPE_CHECKING:
+    from appliance.config import Config
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,15 +31,28 @@ def _number(text: str) -> int:
 
 def run(words: argparse.Namespace) -> int:
     """Run the process in the foreground; Refusal when it cannot be it."""
-    from appliance import daemon
-
     logging.basicConfig(level=logging.INFO, format=f"{words.process} %(levelname)s %(message)s")
     config = settings.chosen(words)
     try:
-        if words.process == "gate":
-            return daemon.gate(config, words.worker)
-        return daemon.seal(config) if words.process == "seal" else daemon.review(config)
+        return _process(words.process, config, words.worker)
     except PermissionError as wrong:
         raise Refusal(str(wrong), "it needs root", code=UNAVAILABLE) from wrong
     except (AlreadyRuns, EvidenceError) as wrong:
         raise Refusal(f"the {words.process} ends: {wrong}", code=UNAVAILABLE) from wrong
+
+
+def _process(name: str, config: Config, worker: int) -> int:
+    """Run a process, of whose code nothing else was imported."""
+    match name:
+        case "gate":
+            from appliance.daemon import gate
+
+            return gate.run(config, worker)
+        case "seal":
+            from appliance.daemon import seal
+
+            return seal.run(config)
+        case _:
+            from appliance.daemon import review
+
+            return review.run(config)

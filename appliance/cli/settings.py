@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from appliance.config import Config, load
-from appliance.lab import state, topology
+from appliance.lab import state
 
 if TYPE_CHECKING:
     import argparse
@@ -43,4 +43,6 @@ def enter_gate(words: argparse.Namespace) -> None:
     """Move into the lab gate's network namespace when it is the lab that the words mean."""
     lab = state.running()
     if lab is not None and lab.namespace and find(words) == lab.config:
+        from appliance.lab import topology  # brings pyroute2, which no real gate's reader needs
+
         topology.enter(lab.namespace)

@@ -56,8 +56,6 @@ def test_a_search_finds_the_same_as_looking_at_every_session(evidence, seed):
                 with evidence.index() as index:
                     everything = list(query.sessions(index, Filter()))
         with evidence.index() as index:
-            continued = index.db.execute("SELECT count(*) FROM continued").fetchone()[0]
-            assert continued < len(told)
             for count in (1, 2, 3):
                 for asked in itertools.combinations(WORDS, count):
                     check(index, everything, told, asked, chance)
@@ -146,12 +144,17 @@ def test_a_session_whose_texts_went_on_in_the_next_millisecond_is_found_once(evi
     with evidence.writer() as gate:
         session = gate.open()
         for op in range(1, 6):
-            gate.select(session, op, "select common")
+            gate.select(session, op, f"select common word{op}")
             gate.commit()
             with evidence.index():
                 pass
         with evidence.index() as index:
-            assert len(list(query.sessions(index, Filter("common")))) == 1
+            assert index.db.execute("SELECT count(*) FROM overflowing").fetchone() == (1,)
+            for words in ("common", "word1 word5", "word4 word2 common", "word3 ci-deployer"):
+                for state in (None, State.RUNNING):
+                    found = query.sessions(index, Filter(words, state=state))
+                    assert [each.number for each in found] == [session], (words, state)
+            assert not list(query.sessions(index, Filter("word1 word6")))
 
 
 def test_a_search_reads_no_more_than_is_asked_for(evidence):
@@ -165,6 +168,13 @@ def test_a_search_reads_no_more_than_is_asked_for(evidence):
             assert len(list(query.sessions(index, Filter("psql", limit=3)))) == 3
             index.db.set_trace_callback(None)
             assert len(looked) < 100, "one question, and one for each session of the same moment"
+            first = index.db.execute("SELECT min(started) FROM session").fetchone()[0]
+            looked.clear()
+            index.db.set_trace_callback(looked.append)
+            before = Filter("psql ci-deployer", until=first + 1, limit=3)
+            assert len(list(query.sessions(index, before))) == 1
+            index.db.set_trace_callback(None)
+            assert len(looked) < 100, "it begins where the time asked for ends"
 
 
 def test_an_index_question_that_is_given_up_leaves_the_index_usable(evidence):

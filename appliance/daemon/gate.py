@@ -1,22 +1,16 @@
-"""The long-running processes: builds the objects of a gate worker, of the seal or of the review
-API, and runs them until SIGTERM.
-
-The only place where the parts of a process are put together. `appliance.cli` calls `gate`, `seal`
-and `review`; systemd units or the lab's supervisor start and restart the processes.
-"""
+"""A gate worker: builds its objects, and runs them until SIGTERM."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import logging
-import resource
-import signal
 import time
 from typing import TYPE_CHECKING
 
 from appliance.attribution import Attributor, Register, ReplayCache, SensorLink, check_overlaps
-from appliance.config import ConfigError
+from appliance.daemon.ending import all_descriptors, until_signal
+from appliance.daemon.memory import require_memory
 from appliance.live import ControlSocket, alone
 from appliance.protocols import discover
 from appliance.proxy import redirect
@@ -35,17 +29,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("narrows.daemon")
 
 EXPIRE_S = 5.0
-SEAL_S = 0.2
 
 
-def gate(config: Config, number: int) -> int:
+def run(config: Config, number: int) -> int:
     """Run gate worker `number` until SIGTERM or SIGINT; return the exit code. AlreadyRuns when
     another process does.
     """
     check_overlaps(config.account, config.file)
     store = Store(config.paths.state, config.paths.run)
     store.prepare()
-    _all_descriptors()
+    all_descriptors()
     own = redirect.own_addresses()  # netlink before the loop: pyroute2 runs a loop of its own
     discover()  # its imports take a while: no session is to wait for them
     with alone(store.run, number):
@@ -56,7 +49,7 @@ def gate(config: Config, number: int) -> int:
 
 async def _gate(config: Config, number: int, store: Store, own: set[str], loop: GateLoop) -> int:
     keys = Keys.load_or_create(config.paths.state)
-    _require_memory(config, store)
+    require_memory(config, store)
     link, attributor = _attribution(config, loop)
     worker = Worker(config, number, loop, keys, attributor, own)
     writer = SegmentWriter(
@@ -74,7 +67,7 @@ async def _gate(config: Config, number: int, store: Store, own: set[str], loop: 
     gc.freeze()
     gc.set_threshold(50_000, 50, 50)
     log.info("gate worker %d is ready", number)
-    await _until_signal(loop)
+    await until_signal(loop)
     await control.stop()
     stopped = asyncio.Event()
     worker.stop(stopped.set)
@@ -103,70 +96,6 @@ def _attribution(config: Config, loop: GateLoop) -> tuple[SensorLink, Attributor
     return link, attributor
 
 
-def seal(config: Config) -> int:
-    """Run the seal until SIGTERM or SIGINT; return the exit code."""
-    from capture.seal import Seal
-
-    store = Store(config.paths.state, config.paths.run)
-    store.prepare()
-    keys = Keys.load_or_create(config.paths.state)
-    stopping: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _frame: stopping.append(number))
-    sealer = Seal(store, keys, checkpoint_s=float(config.evidence.checkpoint_s))
-    log.info("the seal is ready")
-    while not stopping:
-        busy = sealer.step()
-        if not busy:
-            time.sleep(SEAL_S)
-    sealer.close()
-    return 0
-
-
-def review(config: Config) -> int:
-    """Run the review API until SIGTERM or SIGINT; return the exit code."""
-    _all_descriptors()
-    return asyncio.run(_review(config))
-
-
-async def _review(config: Config) -> int:
-    from appliance.web.server import Server
-
-    store = Store(config.paths.state, config.paths.run)
-    store.prepare()
-    _require_memory(config, store)
-    server = Server(config, store, Keys.load_or_create(config.paths.state))
-    await server.start()
-    log.info("the review API listens on %s, port %d", config.review.address, server.port)
-    await _until_signal(asyncio.get_running_loop())
-    await server.stop()
-    return 0
-
-
-def sensor(config: Config) -> int:
-    """Run the sensor until SIGTERM or SIGINT; return the exit code."""
-    from ebpf import procfs
-    from ebpf.sensor import SensorSettings, run
-
-    settings = SensorSettings(
-        cgroup=procfs.cgroup_mount() / config.sensor.cgroup.strip("/"),
-        socket=config.paths.run / "sensor.sock",
-        blob=config.paths.blob,
-        prefixes=config.sensor.prefixes,
-        covers=config.sensor.covers,
-        host=config.sensor.host,
-    )
-    return run(settings)
-
-
-def _require_memory(config: Config, store: Store) -> None:
-    """Refuse to write chunks to a disk, in the clear. Raises ConfigError."""
-    if not store.run_is_memory:
-        problem = f"{store.run} is not on a tmpfs: captured bytes would be on a disk in the clear"
-        hint = "use a directory under /run, or mount a tmpfs there"
-        raise ConfigError(config.file, 0, "paths.run", problem, hint)
-
-
 def _settings(config: Config) -> WriterSettings:
     evidence = config.evidence
     return WriterSettings(
@@ -180,15 +109,3 @@ def _settings(config: Config) -> WriterSettings:
 def _expire(loop: asyncio.AbstractEventLoop, table: OwnerTable) -> None:
     table.expire(time.monotonic_ns())
     loop.call_later(EXPIRE_S, _expire, loop, table)
-
-
-async def _until_signal(loop: asyncio.AbstractEventLoop) -> None:
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
-    await ended.wait()
-
-
-def _all_descriptors() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
