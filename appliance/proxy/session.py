@@ -179,10 +179,6 @@ class Session:
         if direction.ended:
             self.flushed(direction)
 
-    def feed(self, direction: Direction, data: memoryview | bytes, offset: int, now: int) -> None:
-        """Give bytes that are in the evidence to the layer."""
-        effects.feed(self, direction, data, offset, now)
-
     def unrecordable(self) -> None:
         """There is no memory to record received bytes: they go nowhere."""
         if not self.closed:

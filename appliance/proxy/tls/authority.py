@@ -7,7 +7,6 @@ what it protects ends at the gate anyway.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import os
 import secrets
@@ -89,9 +88,9 @@ class Authority:
             raise KeyFileError(f"{key} is not the key of {certificate}")
         return cls(loaded, private)
 
-    def leaf(self, names: tuple[str, ...], now: datetime | None = None) -> Leaf:
-        """Return a certificate for host names and addresses, for LEAF_DAYS from `now`."""
-        now = now or datetime.now(UTC)
+    def leaf(self, names: tuple[str, ...]) -> Leaf:
+        """Return a certificate for host names and addresses."""
+        now = datetime.now(UTC)
         first = names[0] if names and len(names[0]) <= _COMMON_NAME_LETTERS else "narrows"
         builder = (
             x509.CertificateBuilder()
@@ -135,19 +134,27 @@ def fingerprint(certificate: x509.Certificate) -> str:
 
 
 def names_of(der: bytes) -> tuple[str, ...]:
-    """Return the host names and addresses that a server's certificate is for; its common name when
-    it lists none; nothing when it cannot be read, or names nothing that a leaf could name.
+    """Return the host names and addresses that a certificate is for; its common name when it lists
+    none; none at all when it cannot be read.
     """
-    names: list[str] = []
-    with contextlib.suppress(Exception):  # one that nobody verifies may be anything
+    try:
         certificate = x509.load_der_x509_certificate(der)
-        common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        names = [str(each.value) for each in common[:1]]
-        listed = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        listed_names = listed.get_values_for_type(x509.DNSName)
-        listed_names += [str(each) for each in listed.get_values_for_type(x509.IPAddress)]
-        names = listed_names or names
+        names = _alternatives(certificate)
+        if not names:
+            common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+            names = [str(each.value) for each in common[:1]]
+    except Exception:  # noqa: BLE001 - a peer's certificate may be anything; the record says what
+        return ()
     return tuple(name for name in names if name and name.isascii())[:MOST_NAMES]
+
+
+def _alternatives(certificate: x509.Certificate) -> list[str]:
+    try:
+        listed = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    addresses = [str(each) for each in listed.get_values_for_type(x509.IPAddress)]
+    return [*listed.get_values_for_type(x509.DNSName), *addresses]
 
 
 def read_private(path: Path) -> bytes:

@@ -130,8 +130,7 @@ class Handshake:
         # A private authority is trusted for any name where the client gave none; the machine's
         # authorities would sign anybody's name, so then the address must be in the certificate.
         named = bool(hello.sni) or session.route.tls_verify == "system"
-        # what is no text (RFC 8701) is no protocol that could be chosen
-        alpn = tuple(each.decode("ascii") for each in hello.alpn if each and each.isascii())
+        alpn = tuple(each.decode("ascii") for each in hello.alpn if each.isascii())
         context = session.worker.tls.upstream(session.route, alpn, named=named)
         name = hello.sni or (session.target[0] if named else None)
         self._far, tls = self._stream(session.down.source, context, name)
@@ -189,7 +188,8 @@ class Handshake:
         session = self.session
         if self._told.sni:
             names = (self._told.sni,)
-        leaf = session.worker.tls.presented(session.route, names or (session.target[0],))
+        names = names or (session.target[0],)
+        leaf = session.worker.tls.presented(session.route, names, session.worker.now())
         context = session.worker.tls.client(leaf, alpn)
         self._near, _ = self._stream(session.up.source, context, None, server=True)
         self._near.feed(self.first)

@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import os
 import ssl
-import time
-from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
 
-from appliance.proxy.tls.authority import Authority, Leaf, fingerprint, read_private
+from appliance.proxy.tls.authority import LEAF_DAYS, Authority, Leaf, fingerprint, read_private
 from appliance.proxy.tls.stream import SCRATCH_BYTES
 from appliance.wire import tlsrecords
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from appliance.config import Config, Route
 
 MOST_CONTEXTS = 256
-DAY_S = 86_400
+_RENEWED_NS = LEAF_DAYS // 3 * 86_400 * 10**9
 _SYSTEM_CERTIFICATES = Path("/etc/ssl/certs")
 
 
@@ -59,8 +55,7 @@ class Terminator:
     route names cannot be used.
     """
 
-    def __init__(self, config: Config, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
+    def __init__(self, config: Config) -> None:
         intercepting = [route for route in config.route if route.tls == "intercept"]
         self.authority = Authority.load_or_create(config) if intercepting else None
         self.scratch = memoryview(bytearray(SCRATCH_BYTES))
@@ -79,19 +74,20 @@ class Terminator:
         """
         return self._far(route.tls_verify, route.tls_ca, alpn, named)
 
-    def presented(self, route: Route, names: tuple[str, ...]) -> Leaf:
-        """Return the certificate that a client of `route` is shown."""
+    def presented(self, route: Route, names: tuple[str, ...], now: int) -> Leaf:
+        """Return the certificate that a client of `route` is shown; one that the authority signs is
+        made anew long before it expires. `now` is nanoseconds since 1970.
+        """
         own = self._own.get(route.name)
-        return own if own is not None else self._leaf(names, int(self._clock() // DAY_S))
+        return own if own is not None else self._leaf(names, now // _RENEWED_NS)
 
     def client(self, leaf: Leaf, alpn: str) -> ssl.SSLContext:
         """Return a context for the client's side."""
         return self._near(leaf, alpn)
 
-    def _make_leaf(self, names: tuple[str, ...], day: int) -> Leaf:
-        """Return a leaf of that day of the clock: one that is kept must not expire."""
+    def _make_leaf(self, names: tuple[str, ...], _period: int) -> Leaf:
         assert self.authority is not None
-        return self.authority.leaf(names, datetime.fromtimestamp(day * DAY_S, UTC))
+        return self.authority.leaf(names)
 
 
 def _own(route: Route) -> Leaf:
