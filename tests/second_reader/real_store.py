@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from staging import wait_for
@@ -16,6 +17,8 @@ from staging import wait_for
 from appliance.lab.topology import SERVER4
 
 RANDOM, TEXT, HTTP, CUT, LATE, OPEN = 7101, 7102, 80, 7103, 7104, 7105
+CROWD, NOBODY = 140, 7100  # sessions that no server takes: leaves for more than one tile
+LAST_WORDS = b"written to memory only"
 SECRET = b"Basic dXNlcjpwYXNzd29yZC1vbmU="
 LONGEST_SEGMENT = 4 << 20  # what is sealed of a segment in these tests; the files are preallocated
 
@@ -25,12 +28,14 @@ class RealStore:
     """A state directory as an auditor gets it, and what the appliance itself says of it.
 
     `said`: by port, (client's bytes, server's bytes). `events`: of `sessions export`, as ndjson.
+    `memory`: the chunks of the writers, when the workers were killed after LAST_WORDS.
     """
 
     state: Path
     said: dict
     events: list
     raw: Path
+    memory: Path
     listed: list
 
 
@@ -57,7 +62,7 @@ class Talks:
 
     def __init__(self, stage):
         self._stage = stage
-        self._ends = []
+        self.ends = {}
         self.said = {}
 
     def connected(self, port):
@@ -75,7 +80,7 @@ class Talks:
             client = self.connected(port)
             client.sendall(turns[0][0])  # a gate may wait for the first bytes
             server, _ = listener.accept()
-        self._ends += [client, server]
+        self.ends[port] = client, server
         server.settimeout(20)
         assert received(server, len(turns[0][0])) == turns[0][0]
         passed(server, client, turns[0][1])
@@ -96,7 +101,7 @@ class Talks:
 
     def end(self):
         """Close what is open."""
-        for sock in self._ends:
+        for sock in chain.from_iterable(self.ends.values()):
             sock.close()
 
 
@@ -106,9 +111,17 @@ def request(path, body):
     return asked, b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
+def crowd():
+    """Open sessions to a port where nobody listens."""
+    for _ in range(CROWD):
+        with contextlib.suppress(OSError):
+            socket.create_connection((SERVER4, NOBODY), 20).close()
+
+
 def say_all(stage, talks):
     """Have every conversation; the gate's workers are killed in one of them."""
     dice = random.Random(7)
+    stage.on("client", crowd)
     talks.whole(RANDOM, (b"?", b"!"), (dice.randbytes(100_003), dice.randbytes(50_021)))
     talks.whole(TEXT, (b"hello\n" * 10_000, b"and the same to you\n" * 3_000))
     talks.whole(HTTP, request(b"one", b"abc"), request(b"two", b"defg"))
@@ -131,14 +144,20 @@ def all_on_disk(stage, said):
     """Return the listed sessions when every byte and every end of them is on disk."""
 
     def there():
-        found = {int(one["target"].rpartition(":")[2]): one for one in stage.sessions()}
+        listed = stage.sessions()
+        found = {int(one["target"].rpartition(":")[2]): one for one in listed}
+        nobody = found.pop(NOBODY, None)
         states = dict.fromkeys(said, "closed") | {CUT: "cut", OPEN: "running"}
-        whole = found.keys() == said.keys() and all(
-            (one["bytes_up"], one["bytes_down"]) == tuple(map(len, said[port]))
-            and one["state"] == states[port]
-            for port, one in found.items()
+        whole = (
+            nobody
+            and found.keys() == said.keys()
+            and all(
+                (one["bytes_up"], one["bytes_down"]) == tuple(map(len, said[port]))
+                and one["state"] == states[port]
+                for port, one in found.items()
+            )
         )
-        return list(found.values()) if whole else None
+        return listed if whole else None
 
     return wait_for(there, what="all sessions on disk")
 
@@ -176,6 +195,16 @@ def copy_state(state, target):
         shutil.copytree(state / "evidence" / name, target / "evidence" / name, copy_function=copied)
 
 
+def last_words(stage, talks, target):
+    """Say something after everything was sealed, kill the workers, and keep their memory."""
+    client, server = talks.ends[OPEN]
+    passed(client, server, LAST_WORDS)
+    for pid in stage.pids("gate"):
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda gone=pid: ended(gone), what="the end of a worker")
+    shutil.copytree(Path(stage.config.paths.run) / "hot", target)
+
+
 def make_store(stage, folder):
     """Return the RealStore of a stage that is up."""
     talks = Talks(stage)
@@ -187,7 +216,8 @@ def make_store(stage, folder):
         stage.narrows("sessions", "export", "--all", "--format", "raw", "--output", str(raw))
         seal_once(stage)
         copy_state(Path(stage.config.paths.state), folder / "state")
+        last_words(stage, talks, folder / "hot")
     finally:
         talks.end()
     lines = [json.loads(line) for line in events.splitlines()]
-    return RealStore(folder / "state", talks.said, lines, raw, listed)
+    return RealStore(folder / "state", talks.said, lines, raw, folder / "hot", listed)

@@ -83,8 +83,8 @@ def encrypted(header, commit, previous, plaintext):
     return (head + sealed).ljust(rounded(len(head + sealed)), b"\0")
 
 
-def one_commit(header, data, offset, number, previous):
-    """Return the Commit at an offset of a segment's bytes."""
+def one_commit(header, data, offset, number, previous, *, damaged):
+    """Return the Commit at an offset of a segment's bytes; a damaged one has no runs."""
     what = f"segment {header.generation:08x}, commit {number}"
     expect(len(data) >= offset + 64, f"{what}: missing")
     head = data[offset : offset + 64]
@@ -96,21 +96,28 @@ def one_commit(header, data, offset, number, previous):
     expect(size == rounded(64 + length + 16) == len(block), f"{what}: length")
     expect(not any(block[80 + length :]), f"{what}: not zero behind it")
     sealed = block[64 : 80 + length]
-    plaintext = opened(header.key, nonce(generation, number), sealed, head, what)
+    runs = {}
+    if not damaged:
+        plaintext = opened(header.key, nonce(generation, number), sealed, head, what)
+        runs = runs_by_session(plaintext)
     return Commit(
         number, flags, offset, size, length, position, time, sealed[-16:],
-        sha256(block).digest(), runs_by_session(plaintext),
+        sha256(block).digest(), runs,
     )  # fmt: skip
 
 
-def read_segment(path, count, end, appliance_key):
-    """Return (Header, the first `count` commits) of a segment file, whose runs end at `end`."""
+def read_segment(path, count, end, appliance_key, damaged=()):
+    """Return (Header, the first `count` commits) of a segment file, whose runs end at `end`.
+
+    `damaged` are the offsets of commits that the log says were damaged before they were sealed.
+    """
     with path.open("rb") as file:  # a running one is longer than its content
         data = file.read(end)
     header = header_of(data[:BLOCK], appliance_key)
     commits, offset, previous = [], BLOCK, bytes(16)
     for number in range(count):
-        commits.append(one_commit(header, data, offset, number, previous))
+        hurt = offset in damaged
+        commits.append(one_commit(header, data, offset, number, previous, damaged=hurt))
         offset += commits[-1].block_length
         previous = commits[-1].tag
     return header, commits

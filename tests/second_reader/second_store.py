@@ -21,7 +21,7 @@ class Evidence:
     ledger: Ledger
     sessions: dict
     sources: dict
-    destroyed: set
+    unreadable: set
 
 
 def text(data):
@@ -47,21 +47,30 @@ def check_run(leaf, header, commits):
         expect(leaf[name] == value, f"{what}: {name}")
 
 
-def check_chain(header, commits, position):
-    """Hold a segment's stream positions together; returns where the stream stands."""
+def check_positions(header, commits, position):
+    """Hold a segment's stream positions together; returns where the stream stands, and whether
+    bytes are missing before a commit."""
+    jumped = False
     for commit in commits:
         what = f"segment {header.generation:08x}, commit {commit.number}"
-        expect(position in (None, commit.position), f"{what}: stream position")
+        expect(position <= commit.position, f"{what}: stream position")
+        jumped |= position < commit.position
         position = commit.position + commit.length
-    return position
+    return position, jumped
 
 
-def read_generation(evidence, runs, packs, keys):
+def check_gaps(sessions):
+    """Hold against the records that bytes are missing in a stream."""
+    gaps = [gap["reason"] for session in sessions.values() for gap in session.of(GAP)]
+    expect("unreadable-chunk" in gaps, "a stream jumps forward and no record says so")
+
+
+def read_generation(evidence, runs, packs, damaged, keys):
     """Return (Header, commits, source) of one segment, compared with its leaves."""
     generation, count = runs[0]["generation"], runs[-1]["first"] + runs[-1]["commits"]
     path = evidence / "segments" / f"{generation:08x}.seg"
     if path.exists():
-        header, commits = read_segment(path, count, runs[-1]["end"], keys.appliance_key)
+        header, commits = read_segment(path, count, runs[-1]["end"], keys.appliance_key, damaged)
         source = "segment"
     else:
         expect(packs, f"segment {generation:08x}: neither file nor packs")
@@ -73,7 +82,7 @@ def read_generation(evidence, runs, packs, keys):
     return header, commits, source
 
 
-def collect(sessions, destroyed, header, commits):
+def collect(sessions, unreadable, header, commits):
     """Add a segment's frames to the sessions; note what cannot be opened any more."""
     for commit in commits:
         opened = 0
@@ -86,7 +95,7 @@ def collect(sessions, destroyed, header, commits):
                 opened += len(data)
             session.leaves.append(leaf)
         if opened < commit.length:
-            destroyed.add((header.generation, commit.number))
+            unreadable.add((header.generation, commit.number))
 
 
 def check_close(leaf, session):
@@ -116,18 +125,22 @@ def read_store(state, verifier=None):
     keys = KeySlots(state / "evidence" / "keys", key_file(state / "appliance.key"))
     verifier = verifier or (state / "ledger.pub").read_text("utf-8")
     ledger = read_ledger(state / "evidence" / "ledger", verifier)
-    packs = grouped(ledger.of("pack"))
-    sessions, sources, destroyed, positions = {}, {}, set(), {}
+    packs, damaged = grouped(ledger.of("pack")), grouped(ledger.of("damaged"))
+    sessions, sources, unreadable, positions, jumps = {}, {}, set(), {}, False
     for generation, runs in sorted(grouped(ledger.of("segment")).items()):
-        found = read_generation(state / "evidence", runs, packs.get(generation), keys)
+        hurt = {leaf["offset"] for leaf in damaged.get(generation, ())}
+        found = read_generation(state / "evidence", runs, packs.get(generation), hurt, keys)
         header, commits, sources[generation] = found
-        stands = positions.get(header.incarnation)
-        positions[header.incarnation] = check_chain(header, commits, stands)
-        collect(sessions, destroyed, header, commits)
+        stands = positions.get(header.incarnation, 0)
+        positions[header.incarnation], jumped = check_positions(header, commits, stands)
+        jumps |= jumped
+        collect(sessions, unreadable, header, commits)
+    if jumps:
+        check_gaps(sessions)
     known = {printed(number): session for number, session in sessions.items()}
     for leaf in ledger.of("session_close"):
         if leaf["session"] in known:
             check_close(leaf, known[leaf["session"]])
-        elif not destroyed:
+        elif not unreadable:
             raise Broken(f"session {leaf['session']}: not there")
-    return Evidence(ledger, sessions, sources, destroyed)
+    return Evidence(ledger, sessions, sources, unreadable)

@@ -6,7 +6,8 @@ import struct
 from hashlib import sha256
 
 import pytest
-from real_store import CUT, HTTP, LATE, OPEN, SECRET, make_store
+from real_store import CROWD, CUT, HTTP, LAST_WORDS, LATE, NOBODY, OPEN, SECRET, make_store
+from second_chunks import uncommitted
 from second_frames import DOWN, OPERATION, UP, printed
 from second_keys import key_file
 from second_ledger import Broken
@@ -43,12 +44,11 @@ def copy(store, tmp_path):
 
 
 def by_port(evidence):
-    """The sessions by the port that their client wanted."""
-    return {
-        session.of(OPENED)[0]["target_port"]: session
-        for number, session in evidence.sessions.items()
-        if number
-    }
+    """The sessions with somebody by the port that their client wanted."""
+    sessions = [session for number, session in evidence.sessions.items() if number]
+    found = {session.of(OPENED)[0]["target_port"]: session for session in sessions}
+    found.pop(NOBODY)
+    return found
 
 
 def blanked(data):
@@ -82,7 +82,7 @@ def test_every_byte_that_was_said_is_read_and_nothing_else(store, evidence):
 def test_both_kinds_of_storage_are_read(evidence):
     sources = {port: evidence.sources[generation_of(evidence, port)] for port in (CUT, HTTP, LATE)}
     assert sources == {CUT: "packs", HTTP: "packs", LATE: "segment"}
-    assert not evidence.destroyed
+    assert not evidence.unreadable
 
 
 def test_parts_of_many_chunks_and_of_both_methods_were_among_them(store):
@@ -101,6 +101,7 @@ def test_the_sessions_and_their_bytes_are_those_of_the_raw_export(store, evidenc
         assert up.read_bytes() == session.half_stream(UP), port
         assert down.read_bytes() == session.half_stream(DOWN), port
     assert {one["id"] for one in store.listed} == {printed(n) for n in evidence.sessions if n}
+    assert len(store.listed) == len(store.said) + CROWD
 
 
 def test_the_operations_are_those_of_the_export(store, evidence):
@@ -144,7 +145,7 @@ def test_the_cut_session_has_no_close_and_the_running_one_no_leaf_of_an_end(evid
     sessions = by_port(evidence)
     assert [port for port, session in sessions.items() if not session.of(30)] == [CUT, OPEN]
     ends = {leaf["session"]: leaf for leaf in evidence.ledger.of("session_close")}
-    assert len(ends) == len(sessions) - 1
+    assert len(ends) == len(sessions) - 1 + CROWD
     assert printed(sessions[OPEN].number) not in ends
     cut = ends[printed(sessions[CUT].number)]
     assert (cut["reason"], cut["by"], cut["declared"]) == ("cut", "recovery", [0, 0, 0])
@@ -161,6 +162,15 @@ def test_the_digest_of_hidden_bytes_is_that_of_the_credential(store, evidence):
         digest = hmac.new(key, message, sha256).hexdigest()[:32]
         wanted.append((offset, len(SECRET), digest))
     assert session.hidden("client") == wanted
+
+
+def test_what_a_killed_worker_had_not_committed_is_read_from_its_memory(store, evidence):
+    number = by_port(evidence)[OPEN].number
+    writer = number >> 40
+    ends = [x["position"] for x in evidence.ledger.of("segment") if x["incarnation"] == writer]
+    frames = uncommitted(store.memory / f"{writer:08x}", ends[-1])
+    said = [(f.kind, f.offset, f.payload) for f in frames if f.session == number]
+    assert said == [(UP, len(store.said[OPEN][0]), LAST_WORDS)]
 
 
 @pytest.mark.parametrize("place", [0.0, 0.02, 0.5, 0.999999])
@@ -184,12 +194,12 @@ def test_a_flipped_bit_of_a_segment_is_noticed(copy, evidence):
     read_store(copy)
 
 
-@pytest.mark.parametrize("kind", ["entries", "0"])
-def test_a_flipped_bit_of_a_tile_is_noticed(copy, evidence, kind):
-    tiles = copy / "evidence" / "ledger" / "tile" / kind
-    size = len(evidence.ledger.leaves)
-    name = "000" if size >= 256 else f"000.p/{size}"
-    flip(tiles / name, 100)
+@pytest.mark.parametrize("tile", ["entries/000", "entries/001.p", "0/000", "0/001.p", "1/000.p"])
+def test_a_flipped_bit_of_a_tile_is_noticed(copy, evidence, tile):
+    full, rest = divmod(len(evidence.ledger.leaves), 256)
+    assert full == 1
+    width = {"entries/001.p": f"/{rest}", "0/001.p": f"/{rest}", "1/000.p": "/1"}.get(tile, "")
+    flip(copy / "evidence" / "ledger" / "tile" / f"{tile}{width}", 20)
     with pytest.raises(Broken, match=r"leaves|tile"):
         read_store(copy)
 
@@ -214,7 +224,7 @@ def test_a_session_whose_key_was_destroyed_is_gone_and_everything_else_is_read(c
             file.write(bytes(64))
     left = read_store(copy)
     assert gone not in left.sessions
-    assert {generation for generation, _ in left.destroyed} == holding
+    assert {generation for generation, _ in left.unreadable} == holding
     assert left.sessions.keys() == evidence.sessions.keys() - {gone}
     for number, session in left.sessions.items():
         assert session.frames == evidence.sessions[number].frames
