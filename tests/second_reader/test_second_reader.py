@@ -16,8 +16,8 @@ from second_store import read_store
 from staging import Stage, own_place
 
 pytestmark = pytest.mark.system
-OPENED, RESULT = 16, 20
-EVENTS = {28: "Decision", 29: "Access", 31: "Start", 32: "Stop", 33: "Recovered"}
+OPENED, RESULT, ACCESS = 16, 20, 29
+EVENTS = {28: "Decision", ACCESS: "Access", 31: "Start", 32: "Stop", 33: "Recovered"}
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +128,19 @@ def test_the_other_records_are_those_of_the_export(store, evidence):
         for event in store.events
         if event["unmapped"]["narrows"].get("record") in EVENTS.values()
     ]
-    read = [
-        {"ns": str(frame.time), "session": None, "record": EVENTS[frame.kind]} | frame.record
-        for frame in evidence.sessions[0].frames
-        if frame.kind in EVENTS
+    frames = [frame for frame in evidence.sessions[0].frames if frame.kind in EVENTS]
+    writer, *_ = [  # of the first export, as ndjson; the raw one came later
+        frame.incarnation
+        for frame in sorted(frames, key=lambda frame: frame.time)
+        if frame.kind == ACCESS and frame.record["action"] == "export"
     ]
-    read.sort(key=lambda record: record["ns"])
-    exports = (r["ns"] for r in read if r["record"] == "Access" and r["action"] == "export")
-    begun = next(exports)
-    before = [record for record in read if record["ns"] < begun]
-    assert [record for record in exported if record["ns"] < begun] == before
+    begun = min(frame.time for frame in frames if frame.incarnation == writer)
+    before = [
+        {"ns": str(frame.time), "session": None, "record": EVENTS[frame.kind]} | frame.record
+        for frame in sorted(frames, key=lambda frame: frame.time)
+        if frame.time < begun
+    ]
+    assert [record for record in exported if int(record["ns"]) < begun] == before
     assert {record["record"] for record in before} == {"Access", "Start", "Stop", "Recovered"}
 
 
