@@ -29,6 +29,7 @@ SMALL = 100
 HEADER = struct.Struct("<c7xQ")
 ATTRIBUTED, OPERATION = KINDS[Attributed], KINDS[Operation]
 QUERY = "abalance"  #: stands in pgbench's statement and in none of its own questions
+WEB = b"G"  #: of HTTP
 MOST_TOLD = 10
 
 
@@ -40,6 +41,8 @@ class Sent:
     uploads: list[int] = field(default_factory=list)
     trips: int = 0  #: completed round trips of SMALL bytes
     queries: int = 0  #: completed queries of pgbench
+    requests: int = 0  #: answered requests of HTTP
+    web_bytes: int = 0  #: bytes of those answers, in the clear
 
     def bulk(self, way: str, size: int) -> None:
         """Note one bulk connection."""
@@ -108,8 +111,10 @@ class CaptureCheck:
         for kind, session, _, offset, payload, _ in found:
             if kind <= Kind.DOWN:
                 self._data(kind, session, offset, payload)
-            elif kind == OPERATION and QUERY in decode(kind, payload)["text"]:
-                self.recorded.queries += 1
+            elif kind == OPERATION:
+                operation = decode(kind, payload)
+                self.recorded.queries += QUERY in operation["text"]
+                self.recorded.requests += operation["kind"] == "http"
             elif kind == ATTRIBUTED:
                 found_by = decode(kind, payload)
                 self.owners[found_by["reason"] or found_by["how"]] += 1
@@ -117,6 +122,8 @@ class CaptureCheck:
     def _data(self, kind: int, session: int, offset: int, payload: memoryview) -> None:
         if session not in self._modes:
             self._begin(session, payload)
+        if kind == Kind.DOWN and self._modes[session][0] == WEB:
+            self.recorded.web_bytes += len(payload)
         half = self._halves.get((session, kind))
         if half is None:
             return
@@ -130,6 +137,8 @@ class CaptureCheck:
         mode, total = (b"", 0)
         if len(payload) >= HEADER.size and payload[0] in b"dup" and not any(payload[1:8]):
             mode, total = HEADER.unpack_from(payload)
+        elif payload[:4] == b"GET ":
+            mode = WEB
         self._modes[session] = (mode, total)
         content, period = self._bulk if mode in b"du" else self._small
         if mode in (b"u", b"p"):
@@ -142,7 +151,7 @@ class CaptureCheck:
         for session, (mode, total) in self._modes.items():
             if mode == b"p":
                 self.recorded.trips += self._halves[session, Kind.DOWN].received // SMALL
-            elif mode:
+            elif mode and mode != WEB:
                 kind, skip = (Kind.DOWN, 0) if mode == b"d" else (Kind.UP, HEADER.size)
                 received = self._halves[session, kind].received - skip
                 self.recorded.bulk("down" if mode == b"d" else "up", received)
@@ -154,7 +163,7 @@ class CaptureCheck:
             if recorded != wanted:
                 self._problem(f"{name}: {len(recorded)} are recorded, {len(wanted)} were made")
         # The last ones under way when a client's time was up are recorded, and counted by nobody.
-        for name in ("trips", "queries"):
+        for name in ("trips", "queries", "requests", "web_bytes"):
             recorded_count, count = getattr(self.recorded, name), getattr(sent, name)
             if recorded_count < count:
                 self._problem(f"{name}: {recorded_count} are recorded, {count} were made")
@@ -171,6 +180,7 @@ class CaptureCheck:
         return [
             f"capture compared byte for byte: {self.compared} bytes, {differences}",
             f"recorded: {bulk}, {found.trips} round trips, {found.queries} queries",
+            f"recorded: {found.requests} requests of HTTP, answered with {found.web_bytes} bytes",
             f"owners: {', '.join(f'{count} {how}' for how, count in self.owners.most_common())}",
             *(f"DIFFERENT: {problem}" for problem in self.problems),
         ]

@@ -37,7 +37,10 @@ HERE = Path(__file__).parent
 NAME = "narrows-bench"
 ACCOUNT = "ci-deployer"  #: of the lab's configuration: what the clients run as
 PEERS = {"haproxy": 15011, "haproxy-256k": 15012}
+WEB_PEERS = {"haproxy-http": 15013, "haproxy-tls": 15014}
 LOAD_PORT, PG_PORT, PGBOUNCER_PORT = 7000, 5432, 6432
+HTTP_PORT, HTTPS_PORT = 8080, 8443
+PAGE_BYTES, BIG_BYTES = 100, 100_000_000
 READY_S = 20.0
 EARLY_DEMUX = Path("/proc/sys/net/ipv4/tcp_early_demux")  #: of the calling thread's namespace
 _AS_POSTGRES = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "--")
@@ -187,10 +190,8 @@ class Stage:
         return load(file)
 
     def _start_haproxy(self, path: str, port: int) -> None:
-        text = (HERE / "peers" / "haproxy.cfg").read_text(encoding="utf-8")
         size = 262144 if path.endswith("256k") else 16384
-        file = self.place.disk / f"{path}.cfg"
-        file.write_text(text.replace("BUFSIZE", str(size)).replace("PORT", str(port)))
+        file = self._peer("haproxy.cfg", f"{path}.cfg", {"BUFSIZE": size, "PORT": port})
         self._start(path, "gate", ["haproxy", "-db", "-q", "-f", str(file)])
 
     def start_postgresql(self) -> None:
@@ -234,6 +235,46 @@ class Stage:
         self._wait_for(
             lambda: self._accepts("gate", topology.GATE_CLIENT4, PGBOUNCER_PORT), "pgbouncer"
         )
+
+    @property
+    def trusted(self) -> Path:
+        """Return the authorities that a client of TLS trusts: the server's and the gate's."""
+        return self.place.certificates.trusted
+
+    def start_web(self) -> None:
+        """Start nginx on the server host, and the peers that know HTTP and TLS; once."""
+        if "nginx" in self._programs:
+            return
+        folder, files = self.place.disk / "nginx", self.place.certificates
+        (folder / "www").mkdir(parents=True)
+        (folder / "www" / "page").write_bytes(b"x" * PAGE_BYTES)
+        (folder / "www" / "big").write_bytes(b"0123456789abcdef" * (BIG_BYTES // 16))
+        pem = folder / "server-and-key.pem"
+        pem.touch(mode=0o600)
+        pem.write_bytes(files.server.read_bytes() + files.server_key.read_bytes())
+        words = {"FOLDER": folder, "CERTIFICATE": files.server, "KEY": files.server_key,
+                 "HTTPPORT": HTTP_PORT, "HTTPSPORT": HTTPS_PORT}  # fmt: skip
+        config = self._peer("nginx.conf", "nginx.conf", words)
+        argv = ["nginx", "-e", str(folder / "error.log"), "-c", str(config)]
+        self._start("nginx", "server", argv)
+        self._wait_for(lambda: self._accepts("server", topology.SERVER4, HTTPS_PORT), "nginx")
+        for path, port in WEB_PEERS.items():
+            self._configs[path] = self._redirected(path, port)
+            words = {"SERVER": f"{topology.SERVER4}:{HTTP_PORT}", "PORT": port, "PEM": pem,
+                     "CA": files.ca}  # fmt: skip
+            config = self._peer(f"{path}.cfg", f"{path}.cfg", words)
+            self._start(path, "gate", ["haproxy", "-db", "-q", "-f", str(config)])
+            self.use(path)
+            self._wait_for(lambda: self._accepts("client", topology.SERVER4, HTTP_PORT), path)
+
+    def _peer(self, source: str, name: str, words: dict[str, object]) -> Path:
+        """Write the configuration of a peer, with its words filled in."""
+        text = (HERE / "peers" / source).read_text(encoding="utf-8")
+        for word, value in words.items():
+            text = text.replace(word, str(value))
+        file = self.place.disk / name
+        file.write_text(text)
+        return file
 
     def _accepts(self, role: str, host: str, port: int) -> bool:
         def connect() -> bool:

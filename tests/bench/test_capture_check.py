@@ -125,3 +125,22 @@ def test_a_query_without_a_record_is_found(recording, store, keys):
     assert problems(recording, store, keys, Sent(queries=1)) == [
         "queries: 0 are recorded, 1 were made"
     ]
+
+
+@pytest.mark.parametrize(
+    ("sent", "missing"),
+    [
+        (Sent(requests=1, web_bytes=300), []),
+        (Sent(requests=2, web_bytes=300), ["requests: 1 are recorded, 2 were made"]),
+        (Sent(requests=1, web_bytes=301), ["web_bytes: 300 are recorded, 301 were made"]),
+    ],
+)
+def test_a_request_or_a_part_of_its_answer_without_a_record_is_found(
+    recording, store, keys, sent, missing
+):
+    session = recording.writer.new_session()
+    recording.stream(session, Kind.UP, b"GET /page HTTP/1.1\r\nHost: a\r\n\r\n")
+    asked = Operation(1, "GET", "GET /page", 0, 31, kind="http")
+    recording.writer.record(session, asked, 1)
+    recording.stream(session, Kind.DOWN, b"a" * 300)
+    assert problems(recording, store, keys, sent) == missing
