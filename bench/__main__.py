@@ -1,4 +1,4 @@
-"""`./run bench [WORK ...] [--rounds N] [--sessions N] [--json]`; the works are in WORKS."""
+"""`./run bench [WORK ...] [--rounds N] [--sessions N] [--json]`; the works: docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -25,8 +26,10 @@ from bench.web import http, tls
 from bench.works import bulk, connect, pingpong
 from capture.crypt import Keys
 
-WORKS = {"bulk": bulk, "connect": connect, "pingpong": pingpong, "idle": idle, "pg": pg,
-         "http": http, "tls": tls}  # fmt: skip
+WORKS = {
+    "bulk": bulk, "connect": connect, "pingpong": pingpong, "idle": idle, "pg": pg, "http": http,
+    "tls": tls,
+}  # fmt: skip
 SEARCH = "search"  #: needs no hosts and no gate
 VERSIONS = {
     "haproxy": ["haproxy", "-v"],
@@ -46,15 +49,15 @@ def _machine() -> dict[str, object]:
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "cpu": f"{os.cpu_count()} x {model}",
         "kernel": platform.release(),
-        "python": platform.python_version(),
+        "python": f"{platform.python_version()}, {ssl.OPENSSL_VERSION}",
         **{name: _version(argv) for name, argv in VERSIONS.items()},
         "load before": f"{os.getloadavg()[0]:.2f}",
     }
 
 
 def _version(argv: list[str]) -> str:
-    said = subprocess.run(argv, capture_output=True, text=True, check=False)
-    found = re.search(r"\d+\.\d+[\w.]*", said.stdout + said.stderr)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    found = re.search(r"\d+\.\d+[\w.]*", done.stdout + done.stderr)
     return found[0] if found else "unknown"
 
 
