@@ -144,8 +144,8 @@ class TlsStream:
 
     def recv(self, size: int) -> bytes:
         """Return up to `size` decrypted bytes, empty at the end."""
-        area = bytearray(size)
-        return bytes(area[: self.recv_into(memoryview(area))])
+        area = self._scratch[:size]  # free: ciphertext leaves it for the BIO before it is decrypted
+        return bytes(area[: self.recv_into(area)])
 
     def recv_into(self, area: memoryview) -> int:
         """Fill `area` with decrypted bytes; return how many, 0 at the end."""
@@ -202,6 +202,9 @@ class TlsStream:
                 self._end()
                 break
             done += length
+            if not (self._incoming.pending or self._tls.pending() or self._cut):
+                self._dry = True  # said here, for an exception costs more than the record did
+                break
         if self._outgoing.pending:  # an alert, or the answer to a key update
             self._push_quietly()
         return done
