@@ -18,7 +18,7 @@ from bench.web_client import BULK_PATH, SMALL_PATH, request
 from capture import frames
 from capture.frames import Kind, session_name
 from capture.records import KINDS, Attributed, Operation, decode
-from capture.tail import SegmentReader
+from capture.segments import open_segment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,8 +139,8 @@ class CaptureCheck:
 
     def read(self, store: Store, keys: Keys) -> None:
         """Walk all frames of the store."""
-        for generation in store.generations():
-            with SegmentReader(store.segment(generation), keys) as reader:
+        for generation in store.all_generations():
+            with open_segment(store, generation, keys) as reader:
                 self._walk(
                     frame
                     for commit in reader.commits()

@@ -241,7 +241,8 @@ class Access:
     """Somebody read evidence. Written before the answer is shown."""
 
     actor: str  #: as in Decision
-    #: "list", "show", "export", "search", "verify", "reindex", "live", "checkpoint", "kill"
+    #: "list", "show", "export", "search", "verify", "reindex", "seal", "live", "checkpoint",
+    #: "kill"
     action: str
     query: str  #: what was asked for, as given
     objects: tuple[str, ...] = ()  #: session ids
