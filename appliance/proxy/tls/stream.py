@@ -150,7 +150,10 @@ class TlsStream:
 
     def recv(self, size: int) -> bytes:
         """Return up to `size` decrypted bytes, empty at the end."""
-        area = self._scratch[:size]  # free: ciphertext leaves it for the BIO before it is decrypted
+        # The end of the shared area: what `_take` has of this call's ciphertext is no longer than
+        # `size`, or than a record, and stands at its beginning.
+        size = min(size, len(self._scratch) // 2)
+        area = self._scratch[-size:]
         return bytes(area[: self.recv_into(area)])
 
     def recv_into(self, area: memoryview) -> int:
