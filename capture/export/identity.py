@@ -37,10 +37,17 @@ def lines(session: Session, known: Known) -> list[str]:
         + (f": {session.reason} by {session.ended_by}" if session.reason else ""),
         "TCP is synthetic, made from the recorded bytes of the client's side",
         "hidden bytes (credentials) are zero and named in packet comments",
+        *_secrets(session),
         *_tls(known),
         *_hint(session),
     ]
     return [shown(line)[:MOST_LETTERS] for line in told]
+
+
+def _secrets(session: Session) -> list[str]:
+    if session.secrets != "unparsed":
+        return []
+    return ["secrets: unparsed, so that credentials may be in these bytes"]
 
 
 def _owner(owner: dict[str, Any] | None) -> str:
