@@ -1,6 +1,5 @@
 """HTTPS through a real gate and its redirect: curl, nginx, and the load of real kernels."""
 
-import contextlib
 import hashlib
 import ssl
 import subprocess
@@ -157,30 +156,3 @@ def test_what_passed_before_a_gate_was_killed_is_in_the_evidence(place, tmp_path
     whole = (folder / "big").read_bytes()
     assert body == whole[: len(body)]
     assert session.sizes[1] - len(head) - 4 >= got.stat().st_size
-
-
-def test_a_gate_killed_in_a_handshake_leaves_what_the_client_offered(place):
-    gate, _ = place
-    before = set(gate.recorded())
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    context = ssl.create_default_context(cafile=str(gate.state / "ca.pem"))
-    tls = context.wrap_bio(incoming, outgoing, server_hostname=NAME)
-    with pytest.raises(ssl.SSLWantReadError):
-        tls.do_handshake()
-    hello = outgoing.read()
-    with gate.connect(PORT) as half, gate.connect(PORT) as answered:
-        half.sendall(hello[:100])
-        answered.sendall(hello)
-        assert answered.recv(3) == b"\x16\x03\x03"  # and the client says no more
-        gate.kill()
-        with contextlib.suppress(ConnectionError):
-            while answered.recv(65536):
-                pass  # until the kernel has ended what the gate held
-    gate.start()
-    gate.wait_ready()
-    gate.recover()
-    found = [s for n, s in gate.recorded().items() if n and n not in before]
-    told = sorted([each["stage"] for each in s.records if each["record"] == "Tls"] for s in found)
-    assert told == [[], ["hello"]]
-    assert not any(sum(session.sizes) for session in found)
-    until(lambda: curl(gate, "/big", "-r", "0-0").returncode == 0, what="the gate again")
