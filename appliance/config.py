@@ -39,6 +39,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "evidence.commit_ms": (1, 10_000),
     "evidence.reserve_bytes": (0, 1 << 36),
     "evidence.checkpoint_s": (1, 5),
+    "evidence.rewrite_s": (0, 86_400),
     "attribution.wait_ms": (0, 60_000),
     "attribution.replay_entries": (1 << 10, 1 << 26),
     "review.port": (1, 65535),
@@ -100,6 +101,7 @@ class Evidence:
     commit_ms: int = 50  #: longest time that evidence is in memory only
     reserve_bytes: int = 32 << 20  #: disk held back per writer for an orderly stop
     checkpoint_s: int = 5  #: longest time between signed checkpoints
+    rewrite_s: int = 30  #: how long a finished segment is left as it is
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,14 @@
-"""`./run bench [bulk|pg|connect|pingpong|idle|search ...] [--rounds N] [--sessions N] [--json]`."""
+"""`./run bench [WORK ...] [--rounds N] [--sessions N] [--json]`; the works: docs/benchmarks.md."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -22,15 +22,20 @@ from bench.pg import pg
 from bench.report import Report
 from bench.search import search
 from bench.stage import Stage, StageError
+from bench.web import http, tls
 from bench.works import bulk, connect, pingpong
 from capture.crypt import Keys
 
-WORKS = {"bulk": bulk, "connect": connect, "pingpong": pingpong, "idle": idle, "pg": pg}
+WORKS = {
+    "bulk": bulk, "connect": connect, "pingpong": pingpong, "idle": idle, "pg": pg, "http": http,
+    "tls": tls,
+}  # fmt: skip
 SEARCH = "search"  #: needs no hosts and no gate
 VERSIONS = {
     "haproxy": ["haproxy", "-v"],
     "pgbouncer": ["pgbouncer", "--version"],
     "postgresql": ["psql", "--version"],
+    "nginx": ["nginx", "-v"],
 }
 
 
@@ -44,16 +49,15 @@ def _machine() -> dict[str, object]:
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "cpu": f"{os.cpu_count()} x {model}",
         "kernel": platform.release(),
-        "python": platform.python_version(),
-        "uvloop": importlib.metadata.version("uvloop"),
+        "python": f"{platform.python_version()}, {ssl.OPENSSL_VERSION}",
         **{name: _version(argv) for name, argv in VERSIONS.items()},
         "load before": f"{os.getloadavg()[0]:.2f}",
     }
 
 
 def _version(argv: list[str]) -> str:
-    said = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
-    found = re.search(r"\d+\.\d+[\w.]*", said)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    found = re.search(r"\d+\.\d+[\w.]*", done.stdout + done.stderr)
     return found[0] if found else "unknown"
 
 

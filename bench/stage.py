@@ -20,22 +20,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from appliance import live
-from appliance.config import load
+from appliance.config import Config, Paths, load
 from appliance.lab import cgroups, topology
 from appliance.lab.place import Place
 from appliance.lab.running import Lab
 from appliance.proxy import redirect
+from appliance.proxy.tls.authority import Authority
 from bench.capture_check import Sent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from appliance.config import Config
     from capture.store import Store
 
 HERE = Path(__file__).parent
 NAME = "narrows-bench"
 ACCOUNT = "ci-deployer"  #: of the lab's configuration: what the clients run as
+#: One worker; TLS is opened, and the server's certificate verified.
+GATE = """
+[gate]
+workers = 1
+
+[[route]]
+name = "everything"
+tls = "intercept"
+tls_verify = "pinned"
+tls_ca = "{ca}"
+"""
 PEERS = {"haproxy": 15011, "haproxy-256k": 15012}
 LOAD_PORT, PG_PORT, PGBOUNCER_PORT = 7000, 5432, 6432
 READY_S = 20.0
@@ -59,6 +70,8 @@ class Stage:
             management=False,
         )
         self.lab = Lab(self.place)
+        self.certificates = Path("/run") / f"{NAME}-tls"  #: the servers' authority: ca.pem
+        self.authority: Authority
         self.sent = Sent()  #: through the gate, by all works
         self._configs: dict[str, Config] = {}
         self._programs: dict[str, tuple[str, Sequence[str], subprocess.Popen[Any]]] = {}
@@ -78,25 +91,28 @@ class Stage:
         return self
 
     def _build(self) -> None:
-        self.lab.up("[gate]\nworkers = 1\n")
+        shutil.rmtree(self.certificates, ignore_errors=True)
+        made = Config(Paths(self.certificates, self.certificates))
+        self.authority = Authority.load_or_create(made)
+        self.lab.up(GATE.format(ca=self.certificates / "ca.pem"))
         argv = ["gcc", "-O2", "-o", str(self.load), str(HERE / "load.c")]
         subprocess.run(argv, check=True)
-        self._start("load", "server", [str(self.load), "server", "0.0.0.0", str(LOAD_PORT)])
+        self.start("load", "server", [str(self.load), "server", "0.0.0.0", str(LOAD_PORT)])
         self._configs["gate"] = self.lab.config
         for path, port in PEERS.items():
-            self._configs[path] = self._redirected(path, port)
             self._start_haproxy(path, port)
         self.use("direct")
-        self._wait_for(lambda: self._accepts("server", topology.SERVER4, LOAD_PORT), "the server")
+        self.wait_for(lambda: self.accepts("server", topology.SERVER4, LOAD_PORT), "the server")
         for path in PEERS:
             self.use(path)
-            self._wait_for(lambda: self._accepts("client", topology.SERVER4, LOAD_PORT), path)
+            self.wait_for(lambda: self.accepts("client", topology.SERVER4, LOAD_PORT), path)
 
     def __exit__(self, *_: object) -> None:
         try:
             self.lab.down()  # ends every process by its cgroup, in whatever state they are
             for _role, _argv, process in self._programs.values():
                 process.wait()
+            shutil.rmtree(self.certificates, ignore_errors=True)
             Path(f"/run/{NAME}.lock").unlink(missing_ok=True)
         finally:
             os.close(self._lock)
@@ -165,13 +181,13 @@ class Stage:
         if path == "gate":
             (old,) = cgroups.pids(self.group("gate"))
             os.kill(old, signal.SIGTERM)
-            self._wait_for(lambda: self._gate_answers(old), "the gate")
+            self.wait_for(lambda: self._gate_answers(old), "the gate")
             return
         role, argv, process = self._programs[path]
         process.terminate()
         process.wait(10)
-        self._start(path, role, argv)
-        self._wait_for(lambda: self._accepts("client", topology.SERVER4, LOAD_PORT), path)
+        self.start(path, role, argv)
+        self.wait_for(lambda: self.accepts("client", topology.SERVER4, LOAD_PORT), path)
 
     def _gate_answers(self, old: int) -> bool:
         for path in live.workers(self.lab.config.paths.run):
@@ -180,18 +196,24 @@ class Stage:
                 return bool(stats["pid"] != old and stats["sensor"])
         return False
 
-    def _redirected(self, path: str, port: int) -> Config:
+    def lead(self, path: str, port: int) -> None:
+        """Let `use(path)` lead the client's connections to a listener on the gate host."""
         file = self.place.folder / f"{path}.toml"
         words = f"[gate]\nworkers = 1\nlisten_port = {port}\n"
         file.write_text(self.place.configuration(words), encoding="utf-8")
-        return load(file)
+        self._configs[path] = load(file)
 
     def _start_haproxy(self, path: str, port: int) -> None:
         text = (HERE / "peers" / "haproxy.cfg").read_text(encoding="utf-8")
         size = 262144 if path.endswith("256k") else 16384
+        self.start_haproxy(path, port, text.replace("BUFSIZE", str(size)))
+
+    def start_haproxy(self, path: str, port: int, text: str) -> None:
+        """Start a haproxy with this configuration, where PORT is its listener, on the gate host."""
+        self.lead(path, port)
         file = self.place.disk / f"{path}.cfg"
-        file.write_text(text.replace("BUFSIZE", str(size)).replace("PORT", str(port)))
-        self._start(path, "gate", ["haproxy", "-db", "-q", "-f", str(file)])
+        file.write_text(text.replace("PORT", str(port)), encoding="utf-8")
+        self.start(path, "gate", ["haproxy", "-db", "-q", "-f", str(file)])
 
     def start_postgresql(self) -> None:
         """Start PostgreSQL on the server host with pgbench's tables; once."""
@@ -210,9 +232,9 @@ class Stage:
                  "dynamic_shared_memory_type": "mmap"}  # fmt: skip  # nothing stays in /dev/shm
         options = [word for key, value in words.items() for word in ("-c", f"{key}={value}")]
         argv = [*_AS_POSTGRES, str(binaries / "postgres"), "-D", str(data), *options]
-        self._start("postgresql", "server", argv)
+        self.start("postgresql", "server", argv)
         where = ["-h", str(folder), "-U", "postgres", "postgres"]
-        self._wait_for(lambda: _succeeds(["psql", "-c", "select 1", *where]), "PostgreSQL")
+        self.wait_for(lambda: _succeeds(["psql", "-c", "select 1", *where]), "PostgreSQL")
         subprocess.run(["pgbench", "-i", "-s", "10", "-q", *where], check=True, capture_output=True)
 
     def start_pgbouncer(self) -> None:
@@ -230,12 +252,14 @@ class Stage:
             text = text.replace(word, value)
         (folder / "ini").write_text(text)
         argv = ["pgbouncer", "-q", "-u", "nobody", str(folder / "ini")]
-        self._start("pgbouncer", "gate", argv)
-        self._wait_for(
-            lambda: self._accepts("gate", topology.GATE_CLIENT4, PGBOUNCER_PORT), "pgbouncer"
+        self.start("pgbouncer", "gate", argv)
+        self.wait_for(
+            lambda: self.accepts("gate", topology.GATE_CLIENT4, PGBOUNCER_PORT), "pgbouncer"
         )
 
-    def _accepts(self, role: str, host: str, port: int) -> bool:
+    def accepts(self, role: str, host: str, port: int) -> bool:
+        """Say whether a connection from a host to `host` is accepted."""
+
         def connect() -> bool:
             import socket
 
@@ -246,7 +270,8 @@ class Stage:
         answer: bool = topology.run(self.place.topology.namespace(role), connect)
         return answer
 
-    def _start(self, name: str, role: str, argv: Sequence[str]) -> None:
+    def start(self, name: str, role: str, argv: Sequence[str]) -> None:
+        """Start a program on a host, in a cgroup of its own; the stage ends it."""
         with (self.place.folder / f"{name}.log").open("ab") as log:
             process = topology.start(
                 self.place.topology.namespace(role), argv, cgroup=self.group(name),
@@ -254,7 +279,8 @@ class Stage:
             )  # fmt: skip
         self._programs[name] = (role, argv, process)
 
-    def _wait_for(self, ready: Callable[[], bool], what: str) -> None:
+    def wait_for(self, ready: Callable[[], bool], what: str) -> None:
+        """Wait until `ready` says so; StageError when `what` takes too long."""
         until = time.monotonic() + READY_S
         while not ready():
             if time.monotonic() > until:

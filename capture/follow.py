@@ -10,8 +10,9 @@ a time. A segment ends with its final commit. A writer names its next segment be
 last one, but commits to it only after that: so once a later segment of the incarnation has a
 commit, one more look shows the last of the earlier one. If that has no final commit, the disk
 refused it or its writer died, and what follows its last good commit was never whole. Directories
-are listed again only when they changed; a living segment that did not grow costs one read of 64
-bytes, a finished one nothing.
+are listed again only when they changed; a segment whose file is gone is read from its packs
+(`capture.pack`), which give the same commits; a living segment that did not grow costs one read of
+64 bytes, a finished one nothing.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from capture.errors import EvidenceError, FormatError
+from capture.pack import PackedSegment
 from capture.segfile import BLOCK
-from capture.tail import CommitInfo, SegmentReader
+from capture.segments import open_segment
 from capture.uncached import Uncached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from capture.crypt import Keys
+    from capture.segments import AnySegment
     from capture.store import Store
+    from capture.tail import CommitInfo
 
 #: How much one step gives, in bytes of segments.
 STEP_BYTES = 8 << 20
@@ -94,8 +97,9 @@ class Follower:
     ) -> None:  # fmt: skip
         """`digests`: hash every commit too, which costs more than all the rest."""
         self._store, self._start = store, start
-        self._source = _Source(store.segment, keys, start, digests, Uncached())
+        self._source = _Source(store, keys, start, digests, Uncached())
         self._known: set[int] = set()
+        self._packed = False  #: the segments whose files are gone were taken up
         self._streams: dict[int, _Stream] = {}
         self._listed_ns = -1
         self.damage: list[Damage] = []  #: found since the caller last took it
@@ -143,16 +147,18 @@ class Follower:
         if changed_ns == self._listed_ns:
             return
         settled = abs(time.time_ns() - changed_ns) > _SETTLED_NS
-        for generation in self._store.generations():
+        # Whatever is packed later was there as a file when it was listed first.
+        generations = self._store.generations() if self._packed else self._store.all_generations()
+        self._packed = True
+        for generation in generations:
             if generation not in self._known and self._start(generation) != ENDED:
                 self._take_up(generation)
             self._known.add(generation)
         self._listed_ns = changed_ns if settled else -1
 
     def _take_up(self, generation: int) -> None:
-        path = self._store.segment(generation)
         try:
-            with SegmentReader(path) as reader:
+            with open_segment(self._store, generation) as reader:
                 incarnation = reader.header.incarnation
         except FileNotFoundError:
             return
@@ -168,7 +174,7 @@ class Follower:
 class _Source(NamedTuple):
     """What it takes to read a segment."""
 
-    path: Callable[[int], Path]
+    store: Store
     keys: Keys
     start: Callable[[int], Cursor]
     digests: bool
@@ -219,7 +225,7 @@ class _Stream:
         for generation in self.waiting:
             with (
                 contextlib.suppress(OSError, EvidenceError),
-                SegmentReader(self._source.path(generation)) as reader,
+                open_segment(self._source.store, generation) as reader,
             ):
                 yield from _Head(reader, self._source.start(generation)).unread(most)
 
@@ -232,16 +238,16 @@ class _Stream:
 
     def _open(self, damage: list[Damage]) -> _Head | None:
         generation = self.waiting.popleft()
-        path, keys, start, digests, uncached = self._source
+        store, keys, start, digests, uncached = self._source
         try:
-            reader = SegmentReader(path(generation), keys, uncached=uncached)
+            reader = open_segment(store, generation, keys, uncached=uncached)
         except FileNotFoundError:
             return None
         except EvidenceError:
             damage.append(Damage(generation, 0, "unreadable"))
             return None
         cursor = start(generation)
-        if _ends_final(reader) == cursor.offset:
+        if reader.ends_final == cursor.offset:
             reader.close()
             return None
         self._head = _Head(reader, cursor, digests=digests)
@@ -252,7 +258,7 @@ class _Stream:
         for generation in self.waiting:
             with (
                 contextlib.suppress(OSError, EvidenceError),
-                SegmentReader(self._source.path(generation)) as reader,
+                open_segment(self._source.store, generation) as reader,
             ):
                 if reader.commit_at(BLOCK) is not None:
                     return True
@@ -264,7 +270,7 @@ class _Head:
 
     __slots__ = ("_digests", "_number", "_offset", "reader")
 
-    def __init__(self, reader: SegmentReader, cursor: Cursor, *, digests: bool = False) -> None:
+    def __init__(self, reader: AnySegment, cursor: Cursor, *, digests: bool = False) -> None:
         self.reader = reader
         self._digests = digests
         self._number, self._offset = cursor
@@ -275,20 +281,17 @@ class _Head:
         if commit is None or commit.number != self._number:
             return None
         try:
-            raw = self.reader.raw(commit)
-            plaintext = self.reader.open(raw, commit)
+            digest, plaintext = self.reader.load(commit, digest=self._digests)
         except FormatError:
             # A writer's store of some megabytes is seen in parts; but once the next commit is
             # there, this one is as it will be.
             after = self.reader.commit_at(commit.offset + commit.total_bytes)
             if after is None or after.number != commit.number + 1:
                 return None
-            raw = self.reader.raw(commit)
-            plaintext = self._open_damaged(raw, commit, damage)
+            digest, plaintext = self._load_damaged(commit, damage)
         self._number += 1
         self._offset += commit.total_bytes
         header = self.reader.header
-        digest = self.reader.digest(raw) if self._digests else b""
         return Followed(
             header.generation, header.incarnation, header.stream, commit, digest, plaintext
         )
@@ -302,21 +305,14 @@ class _Head:
 
     def left(self, damage: list[Damage]) -> None:
         """Nothing more comes; a final segment that was not read to its end is damaged."""
-        if _ends_final(self.reader):
+        if self.reader.ends_final:
             damage.append(Damage(self.reader.header.generation, self._offset, "chain"))
 
-    def _open_damaged(
-        self, raw: bytes | memoryview, commit: CommitInfo, damage: list[Damage]
-    ) -> bytes:
+    def _load_damaged(self, commit: CommitInfo, damage: list[Damage]) -> tuple[bytes, bytes]:
         try:
-            return self.reader.open(raw, commit)
+            return self.reader.load(commit, digest=self._digests)
         except FormatError:
             damage.append(Damage(self.reader.header.generation, commit.offset, "commit"))
-            return b""
-
-
-def _ends_final(reader: SegmentReader) -> int:
-    """Return the size of a segment that ends with its final commit, 0 of any other."""
-    size = reader.path.stat().st_size
-    last = reader.commit_at(size - BLOCK) if size > BLOCK else None
-    return size if last is not None and last.final else 0
+            if isinstance(self.reader, PackedSegment):
+                return b"", b""
+            return self.reader.digest(self.reader.raw(commit)) if self._digests else b"", b""

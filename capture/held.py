@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from capture.chunk import START
 from capture.errors import EvidenceError
-from capture.tail import SegmentReader
+from capture.segments import open_segment
 
 if TYPE_CHECKING:
     from capture.chunk import Chunk
     from capture.crypt import Keys
+    from capture.segments import AnySegment
     from capture.store import Store
 
 _END = itemgetter(0)
@@ -78,7 +79,7 @@ class ReadBack:
 
     def __init__(self, store: Store, keys: Keys) -> None:
         self._store, self._keys = store, keys
-        self._reader: SegmentReader | None = None
+        self._reader: AnySegment | None = None
         self._commit = (0, 0)
         self._frames = (0, memoryview(b""))
 
@@ -97,10 +98,10 @@ class ReadBack:
         self._commit = (generation, offset)
         return self._frames
 
-    def _open(self, generation: int) -> SegmentReader:
+    def _open(self, generation: int) -> AnySegment:
         if self._reader is None or self._reader.header.generation != generation:
             self.close()
-            self._reader = SegmentReader(self._store.segment(generation), self._keys)
+            self._reader = open_segment(self._store, generation, self._keys)
         return self._reader
 
     def close(self) -> None:

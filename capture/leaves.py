@@ -110,6 +110,22 @@ class Hot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pack:
+    """Sealed commits of a finished segment were rewritten as a pack of the sealed store."""
+
+    commits: int  #: how many from `first` on
+    digest: str  #: SHA-256 of the pack's head
+    first: int  #: number of the first one
+    generation: int
+    last: bool  #: whether they are the last of the segment: its file may go then
+    parts: int  #: lines of the pack's directory
+    size: int  #: of the pack, bytes
+    time: str
+    type: str = "pack"
+    v: int = VERSION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionOpen:
     """A session began (record SessionOpen)."""
 
@@ -261,6 +277,7 @@ Leaf = (
     | Config
     | Segment
     | Hot
+    | Pack
     | SessionOpen
     | SessionClose
     | Decision

@@ -1,10 +1,10 @@
 """Reads one session out of the segments: its frames in order, or the bytes of one side.
 
 The command line and the exports read through it, also while the gate writes. With an index it
-decrypts only commits that hold frames of the session; without one it scans the segments of the
-session's incarnation. A commit that was opened is kept for a while with the places of all its
-frames, so that exporting many sessions of the same time opens each commit once. Memory is bounded
-by `cache_bytes` and what one frame holds.
+decrypts only commits that hold frames of the session, or, of a segment that is packed, only the
+session's parts; without one it scans the segments of the session's incarnation. A commit that was
+opened is kept for a while with the places of all its frames, so that exporting many sessions of the
+same time opens each commit once. Memory is bounded by `cache_bytes` and what one frame holds.
 
 What does not authenticate, or is not there any more, is left out and told in `damage`; nothing is
 raised for it, because the rest is still evidence.
@@ -21,8 +21,9 @@ from capture import index_query
 from capture.errors import EvidenceError
 from capture.follow import BEGINNING, ENDED, Damage, Follower
 from capture.frames import FIRST_RECORD, HEADER, HEADER_BYTES, Kind, incarnation_of
+from capture.pack import PackedSegment
 from capture.records import KINDS, Hidden, decode
-from capture.tail import SegmentReader
+from capture.segments import open_segment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from capture.follow import Cursor
     from capture.index import Index
     from capture.index_query import Extent
+    from capture.pack import Part
+    from capture.segments import AnySegment
     from capture.store import Store
 
 CACHE_BYTES = 32 << 20
@@ -95,12 +98,40 @@ class _Opened:
             self.places.setdefault(session, []).append(at)
             at += HEADER_BYTES + ((word & 0xFFFFFF) + 7 & ~7)
 
-    def frames(self, session: int) -> Iterator[Frame]:
+    @property
+    def size(self) -> int:
+        return len(self.plaintext)
+
+    def frames(self, session: int, _commit: int = 0) -> Iterator[Frame]:
         for at in self.places.get(session, ()):
             word, _, time_ns, offset = HEADER.unpack_from(self.plaintext, at)
             start = at + HEADER_BYTES
             payload = self.plaintext[start : start + (word & 0xFFFFFF)]
             yield Frame(word >> 24 & 0xFF, time_ns, offset, payload)
+
+
+class _OpenedPart:
+    """What a pack holds of one session."""
+
+    __slots__ = ("_runs", "size")
+
+    def __init__(self, part: Part | None) -> None:
+        self._runs: dict[int, list[memoryview]] = {}
+        self.size = 0 if part is None else len(part.frames)
+        for number, _, frames in part.commits() if part is not None else ():
+            self._runs.setdefault(number, []).append(frames)
+
+    def frames(self, _session: int, commit: int) -> Iterator[Frame]:
+        unpack = HEADER.unpack_from
+        for run in self._runs.get(commit, ()):
+            at, size = 0, len(run)
+            while at + HEADER_BYTES <= size:
+                word, _, time_ns, offset = unpack(run, at)
+                start = at + HEADER_BYTES
+                yield Frame(
+                    word >> 24 & 0xFF, time_ns, offset, run[start : start + (word & 0xFFFFFF)]
+                )
+                at = start + ((word & 0xFFFFFF) + 7 & ~7)
 
 
 class Reader:
@@ -110,9 +141,10 @@ class Reader:
         self, store: Store, keys: Keys, index: Index | None, cache_bytes: int = CACHE_BYTES
     ) -> None:
         self._store, self._keys, self._index = store, keys, index
-        self._cache: OrderedDict[tuple[int, int], _Opened] = OrderedDict()
+        #: (generation, commit, -1) of a commit, (generation, first commit, session) of a part
+        self._cache: OrderedDict[tuple[int, int, int], _Opened | _OpenedPart] = OrderedDict()
         self._most_bytes, self._bytes = cache_bytes, 0
-        self._segment: SegmentReader | None = None
+        self._segment: AnySegment | None = None
         self.damage: list[Damage] = []  #: found so far, each once
 
     def close(self) -> None:
@@ -171,36 +203,40 @@ class Reader:
             return
         for extent in index_query.extents(self._index, session):
             if wanted(extent):
-                found = self._opened(extent.generation, extent.number, extent.offset)
+                found = self._opened(session, extent.generation, extent.number, extent.offset)
                 if found is not None:
-                    yield from found.frames(session)
+                    yield from found.frames(session, extent.number)
 
-    def _opened(self, generation: int, number: int, offset: int) -> _Opened | None:
-        key = (generation, number)
-        opened = self._cache.get(key)
-        if opened is None:
-            try:
-                opened = self._open(generation, number, offset)
-            except (OSError, EvidenceError) as wrong:
-                self._damaged(Damage(generation, offset, str(wrong)))
-                return None
-            self._cache[key] = opened
-            self._bytes += len(opened.plaintext)
-            while self._bytes > self._most_bytes and len(self._cache) > 1:
-                self._bytes -= len(self._cache.popitem(last=False)[1].plaintext)
+    def _opened(
+        self, session: int, generation: int, number: int, offset: int
+    ) -> _Opened | _OpenedPart | None:
+        key = (generation, number, -1)
+        try:
+            if key not in self._cache:
+                segment = self._switch(generation)
+                if isinstance(segment, PackedSegment):
+                    key = (generation, segment.pack_of(number).first, session)
+                if key not in self._cache:
+                    self._keep(key, _open(segment, session, number, offset))
+        except (OSError, EvidenceError) as wrong:
+            self._damaged(Damage(generation, offset, str(wrong)))
+            return None
         self._cache.move_to_end(key)
-        return opened
+        return self._cache[key]
 
-    def _open(self, generation: int, number: int, offset: int) -> _Opened:
+    def _keep(self, key: tuple[int, int, int], opened: _Opened | _OpenedPart) -> None:
+        self._cache[key] = opened
+        self._bytes += opened.size
+        while self._bytes > self._most_bytes and len(self._cache) > 1:
+            self._bytes -= self._cache.popitem(last=False)[1].size
+
+    def _switch(self, generation: int) -> AnySegment:
         if self._segment is None or self._segment.header.generation != generation:
             if self._segment is not None:
                 self._segment.close()
                 self._segment = None
-            self._segment = SegmentReader(self._store.segment(generation), self._keys)
-        commit = self._segment.commit_at(offset)
-        if commit is None or commit.number != number:
-            raise EvidenceError(f"commit {number} is not at {offset}")
-        return _Opened(self._segment.plaintext(commit), self._segment.header.incarnation)
+            self._segment = open_segment(self._store, generation, self._keys)
+        return self._segment
 
     def _scan(self, session: int) -> Iterator[_Opened]:
         incarnation = incarnation_of(session)
@@ -219,7 +255,7 @@ class Reader:
     def _of_incarnation(self, incarnation: int) -> Any:
         def start(generation: int) -> Cursor:
             try:
-                with SegmentReader(self._store.segment(generation)) as reader:
+                with open_segment(self._store, generation) as reader:
                     mine = reader.header.incarnation == incarnation
             except (OSError, EvidenceError):
                 mine = True  # the follower says what is wrong with it
@@ -230,6 +266,16 @@ class Reader:
     def _damaged(self, damage: Damage) -> None:
         if damage not in self.damage:
             self.damage.append(damage)
+
+
+def _open(segment: AnySegment, session: int, number: int, offset: int) -> _Opened | _OpenedPart:
+    """Return a commit of a segment's file, or a session's part of one that is packed."""
+    if isinstance(segment, PackedSegment):
+        return _OpenedPart(segment.part(session, number))
+    commit = segment.commit_at(offset)
+    if commit is None or commit.number != number:
+        raise EvidenceError(f"commit {number} is not at {offset}")
+    return _Opened(segment.plaintext(commit), segment.header.incarnation)
 
 
 #: Which commits may hold bytes of a side, or records that say which of them are hidden.

@@ -1,4 +1,5 @@
-"""The seal's process object: follows the segments, keeps the ledger and the index.
+"""The seal's process object: follows the segments, keeps the ledger, the index and the sealed
+store.
 
 `appliance.daemon` calls `step` until it is told to stop. Only one seal runs for a state directory;
 it may be killed at any time. Segments are read and decrypted once for both: a consumer that is
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from capture.errors import EvidenceError
 from capture.follow import ENDED, Cursor, Follower
 from capture.index import Index, Indexer
+from capture.sealed import Rewriter
 from capture.sealer import Sealer
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from capture.crypt import Keys
     from capture.follow import Followed
+    from capture.sealed import RewriteSettings
     from capture.store import Store
 
 log = logging.getLogger("narrows.seal")
@@ -34,15 +37,27 @@ MOST_LEAVES = 16384
 #: A checkpoint is begun at this part of the time that it may be late.
 MARGIN = 0.8
 RETRY_S = 1.0
+REWRITE_S = 0.5  #: a seal that is behind rewrites a pack so often all the same
 OPEN_AGAIN_S = 10.0
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+class SealRuns(EvidenceError):
+    """Another seal runs on the same state directory."""
 
 
 class Seal:
     """One seal over a state directory, which it locks."""
 
-    def __init__(self, store: Store, keys: Keys, checkpoint_s: float = 5.0) -> None:
-        """Open everything; EvidenceError when another seal runs or the ledger is not as signed."""
+    def __init__(
+        self, store: Store, keys: Keys, checkpoint_s: float = 5.0,
+        rewrite: RewriteSettings | None = None,
+    ) -> None:  # fmt: skip
+        """Open everything; SealRuns when another does, EvidenceError when the ledger is not as
+        signed.
+
+        Without `rewrite` finished segments stay as they are.
+        """
         store.prepare()
         _keep_memory()
         self._lock = _lock(store)
@@ -52,11 +67,19 @@ class Seal:
             os.close(self._lock)
             raise
         self._store, self._keys = store, keys
+        self._rewriter = None if rewrite is None else Rewriter(store, keys, self._sealer, rewrite)
+        self._rewrite_at = 0.0
         self._indexing = _Indexing(store.index)
         self._follower = self._follow()
         self._due_s = checkpoint_s * MARGIN
         self._signed_at = time.monotonic() - self._due_s
         self._behind = False
+        self._refused = False  #: the disk did not take the last leaves
+
+    @property
+    def backlog(self) -> tuple[int, int]:
+        """Return how many finished segments were not rewritten yet, and their bytes."""
+        return (0, 0) if self._rewriter is None else self._rewriter.backlog
 
     def step(self) -> bool:
         """Take in what is new on disk, and sign when it is time; say whether there was anything."""
@@ -81,11 +104,22 @@ class Seal:
         if self._indexing.renewed():
             self._follower.close()
             self._follower = self._follow()
-        return self._behind
+        return self._rewrite() or self._behind
+
+    def _rewrite(self) -> bool:
+        """Rewrite a piece of a finished segment, but not more than the ledger leaves time for."""
+        if self._rewriter is None or self._refused:
+            return False  # what space there is is the ledger's
+        if self._behind and time.monotonic() < self._rewrite_at:
+            return False
+        self._rewrite_at = time.monotonic() + REWRITE_S
+        return self._rewriter.step()
 
     def close(self) -> None:
         """Sign what was taken, and let go of everything."""
         self._sealer.close()
+        if self._rewriter is not None:
+            self._rewriter.close()
         self._indexing.close()
         self._follower.close()
         os.close(self._lock)
@@ -104,8 +138,12 @@ class Seal:
             self._sealer.flush(self._follower.unread() if self._behind else ())
         except OSError as refused:
             log.warning("the ledger cannot be written: %s", refused)
+            self._refused = True
+            if self._rewriter is not None:
+                self._rewriter.relieve()
             self._signed_at = time.monotonic() - self._due_s + RETRY_S
         else:
+            self._refused = False
             self._signed_at = time.monotonic()
 
 
@@ -181,5 +219,5 @@ def _lock(store: Store) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise EvidenceError(f"another seal runs on {store.state}") from None
+        raise SealRuns(f"another seal runs on {store.state}") from None
     return lock

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from hashlib import sha256
 from struct import pack
 from typing import TYPE_CHECKING
 
@@ -25,18 +24,18 @@ from capture.entries import Place
 from capture.errors import EvidenceError
 from capture.follow import Cursor, Damage, Followed
 from capture.ledger import Ledger, load_signer, sync_directory
-from capture.merkle import Frontier, leaf_hash
 from capture.moment import rfc3339
+from capture.run import Run, header_digest, hot
 from capture.sealstate import Cut, SealState
-from capture.segfile import BLOCK, boot_id
+from capture.segfile import boot_id
 from capture.tally import Tally, read_commit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from capture.follow import Unread
     from capture.note import Checkpoint
+    from capture.packing import Packed
     from capture.store import Store
 
 SAVE_S = 30.0
@@ -67,10 +66,12 @@ class Sealer:
         self._sealed: dict[int, Cursor] = {}  #: ends of what was sealed after the saved state
         self._over: set[str] = set()  #: sessions that were cut after the saved state
         self._replay(size)
-        self._runs: dict[int, _Run] = {}
+        self._runs: dict[int, Run] = {}
         self._made: list[bytes] = []  #: leaves of records, in the order of the commits
         self._unsigned: list[bytes] = []  #: leaves that the disk did not take yet
         self._settling: list[Cut] = []
+        self._digests: dict[int, bytearray] = {}  #: SHA-256 of the commits, from the first on
+        self._unsigned_packs: set[int] = set()  #: segments whose packs have no signed leaf yet
         self._quiet = False
         self._begin()
 
@@ -96,15 +97,62 @@ class Sealer:
         if not self._quiet:
             run = self._runs.get(generation)
             if run is None:
-                header = _header(self._store.segment(generation)) if commit.number == 0 else ""
-                run = self._runs[generation] = _Run(followed, header)
+                path = self._store.segment(generation)
+                header = header_digest(path) if commit.number == 0 else ""
+                run = self._runs[generation] = Run(followed, header)
             run.add(followed)
+        self._note(generation, commit.number, followed.digest)
         if followed.plaintext:
             self._read(followed)
         after = Cursor(commit.number + 1, commit.offset + commit.total_bytes)
         self._state.advance(generation, after, final=commit.final)
         if sealed is not None and after.number >= sealed.number:
             del self._sealed[generation]
+
+    def _note(self, generation: int, number: int, digest: bytes) -> None:
+        """Keep the digest for `capture.packing`, which would have to hash all of it again."""
+        known = self._digests.setdefault(generation, bytearray())
+        if len(known) == number * 32:
+            known += digest
+
+    def digests(self, generation: int, commits: int) -> list[bytes]:
+        """Return the SHA-256 of each commit of a segment; none when they are not all known."""
+        known = self._digests.get(generation, b"")
+        if len(known) != commits * 32:
+            return []
+        return [bytes(known[at : at + 32]) for at in range(0, len(known), 32)]
+
+    def whole(self, generation: int) -> bool:
+        """Say whether every commit that was taken of a segment is in the signed log, undamaged."""
+        return (
+            generation not in self._runs
+            and generation not in self._sealed
+            and not self._unsigned
+            and all(damaged != generation for damaged, _ in self._state.damaged)
+        )
+
+    def unpacked(self, generation: int) -> int:
+        """Return the number of the first commit of a segment that is in no pack; -1: all are."""
+        if generation in self._state.packed:
+            return -1
+        return self._state.packing.get(generation, 0)
+
+    def packed(self, made: Packed) -> None:
+        """Make the leaf of a pack that is on disk; the next one of its segment follows it."""
+        leaf = leaves.Pack(
+            commits=made.commits, digest=leaves.base64_of(made.digest), first=made.first,
+            generation=made.generation, last=made.last, parts=made.parts, size=made.size,
+            time=rfc3339(time.time_ns()),
+        )  # fmt: skip
+        self._made.append(leaves.pack(leaf))
+        self._state.pack(made.generation, made.first + made.commits, last=made.last)
+        self._unsigned_packs.add(made.generation)
+        if made.last:
+            self._digests.pop(made.generation, None)
+
+    def replaced(self, generation: int) -> bool:
+        """Say whether signed leaves name packs for all of a segment: its file is not needed."""
+        return generation in self._state.packed and generation not in self._unsigned_packs
 
     def damaged(self, damage: Damage) -> None:
         """Put on record that a segment is not as it was written; once for each place."""
@@ -144,12 +192,13 @@ class Sealer:
         now = rfc3339(time.time_ns())
         for entry in unread:
             if entry.generation not in self._sealed:
-                self._unsigned.append(_hot(entry, now))
+                self._unsigned.append(hot(entry, now))
         self._unsigned.append(self._heartbeat(now))
         # All of it stays as it is until the disk has taken it: a checkpoint may have become visible
         # although its writing failed, and the next one must continue it.
         checkpoint = self._ledger.append(self._unsigned)
         self._unsigned = []
+        self._unsigned_packs.clear()
         if not self._sealed and time.monotonic() - self._saved_at >= SAVE_S:
             with contextlib.suppress(OSError):  # it saves time only; the next one will do
                 self._save()
@@ -171,7 +220,7 @@ class Sealer:
 
     def _begin(self) -> None:
         if self._ledger.size == 0:
-            _refuse_remains(self._store.ledger)
+            _refuse_remains(self._store)
             genesis = leaves.Genesis(
                 boot=self._boot, origin=self._ledger.checkpoint.origin, time=rfc3339(time.time_ns())
             )
@@ -189,6 +238,9 @@ class Sealer:
                 case "segment":
                     end = Cursor(leaf["first"] + leaf["commits"], leaf["end"])
                     self._sealed[leaf["generation"]] = end
+                case "pack":
+                    commits = leaf["first"] + leaf["commits"]
+                    self._state.pack(leaf["generation"], commits, last=leaf["last"])
                 case "session_close" if leaf["by"] == "recovery":
                     self._over.add(leaf["session"])
                 case "config":
@@ -289,65 +341,12 @@ class Sealer:
         self._saved_at = time.monotonic()
 
 
-class _Run:
-    """The commits of one segment since the last checkpoint."""
-
-    __slots__ = ("_first", "_header", "_last", "_stream", "_tree")
-
-    def __init__(self, followed: Followed, header: str) -> None:
-        self._stream = followed.generation, followed.incarnation, followed.stream
-        self._first = self._last = followed.commit
-        self._header = header
-        self._tree = Frontier()
-
-    def add(self, followed: Followed) -> None:
-        """Take in the next commit."""
-        self._last = followed.commit
-        self._tree.add(leaf_hash(followed.digest))
-
-    @property
-    def ends(self) -> bool:
-        """Say whether the run has the segment's final commit."""
-        return self._last.final
-
-    @property
-    def begins(self) -> bool:
-        """Say whether the run has the segment's first commit."""
-        return bool(self._header)
-
-    def leaf(self) -> bytes:
-        """Return the run's leaf."""
-        first, last = self._first, self._last
-        generation, incarnation, stream = self._stream
-        leaf = leaves.Segment(
-            base=first.base, commits=self._tree.size, end=last.offset + last.total_bytes,
-            final=last.final, first=first.number, generation=generation, header=self._header,
-            incarnation=incarnation, offset=first.offset, position=last.base + last.plain_bytes,
-            root=leaves.base64_of(self._tree.root()), stream=stream, time=rfc3339(last.time_ns),
-        )  # fmt: skip
-        return leaves.pack(leaf)
-
-
-def _header(path: Path) -> str:
-    """Return the SHA-256 of a segment's first block."""
-    with path.open("rb") as file:
-        return leaves.base64_of(sha256(file.read(BLOCK)).digest())
-
-
-def _hot(entry: Unread, now: str) -> bytes:
-    return leaves.pack(
-        leaves.Hot(
-            commits=len(entry.tags), first=entry.first, generation=entry.generation,
-            offset=entry.offset, tags=leaves.base64_of(sha256(b"".join(entry.tags)).digest()),
-            time=now,
-        )
-    )  # fmt: skip
-
-
-def _refuse_remains(directory: Path) -> None:
+def _refuse_remains(store: Store) -> None:
     """EvidenceError when a log without a checkpoint has more than a killed first append leaves."""
     first = {"tile/0/000.p/1", "tile/entries/000.p/1"}
-    for path in directory.glob("tile/**/*"):
-        name = str(path.relative_to(directory))
+    for path in store.ledger.glob("tile/**/*"):
+        name = str(path.relative_to(store.ledger))
         if path.is_file() and not path.name.startswith(".") and name not in first:
-            raise EvidenceError(f"{directory} has tiles and no checkpoint; run evidence verify")
+            raise EvidenceError(f"{store.ledger} has tiles and no checkpoint; run evidence verify")
+    if store.sealed_generations():
+        raise EvidenceError(f"{store.sealed} has packs, and their log is gone; run evidence verify")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from capture.ledger import Ledger
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Cut(NamedTuple):
@@ -46,6 +46,9 @@ class SealState:
     cuts: list[Cut] = field(default_factory=list)
     config: str = ""  #: the last configuration that the log names
     damaged: set[tuple[int, int]] = field(default_factory=set)  #: generation, offset
+    #: generation -> next commit to be packed, while some are and some are not
+    packing: dict[int, int] = field(default_factory=dict)
+    packed: set[int] = field(default_factory=set)  #: generations of which every commit is in packs
 
     def cursor(self, generation: int) -> Cursor:
         """Return the next commit to read."""
@@ -60,6 +63,14 @@ class SealState:
             self.cursors.pop(generation, None)
         else:
             self.cursors[generation] = cursor
+
+    def pack(self, generation: int, commits: int, *, last: bool) -> None:
+        """The first `commits` of a segment are in packs; `last`: they are all that it has."""
+        if last:
+            self.packed.add(generation)
+            self.packing.pop(generation, None)
+        else:
+            self.packing[generation] = commits
 
     @property
     def open(self) -> int:
@@ -81,6 +92,8 @@ class SealState:
             "cuts": self.cuts,
             "config": self.config,
             "damaged": sorted(self.damaged),
+            "packing": list(self.packing.items()),
+            "packed": _ranges(sorted(self.packed)),
         }
         write_file(path, orjson.dumps(value))
 
@@ -111,7 +124,7 @@ class SealState:
     def _from(cls, value: Any) -> SealState:
         return cls(
             {generation: Cursor(*rest) for generation, *rest in value["cursors"]},
-            {generation for low, high in value["ended"] for generation in range(low, high + 1)},
+            _numbers(value["ended"]),
             {
                 incarnation: {session: Tally.load(session, rest) for session, *rest in tallies}
                 for incarnation, tallies in value["tallies"]
@@ -119,7 +132,13 @@ class SealState:
             [Cut(*cut) for cut in value["cuts"]],
             value["config"],
             {(generation, offset) for generation, offset in value["damaged"]},
+            dict(value["packing"]),
+            _numbers(value["packed"]),
         )
+
+
+def _numbers(ranges: list[list[int]]) -> set[int]:
+    return {number for low, high in ranges for number in range(low, high + 1)}
 
 
 def _ranges(numbers: list[int]) -> list[list[int]]:

@@ -90,13 +90,26 @@ class SegmentHeader:
             raise FormatError("no segment header")
         if hashlib.sha256(block[:length]).digest() != block[length : length + 32]:
             raise FormatError("the segment header's checksum is wrong")
-        _, version, generation, incarnation, stream, created, capacity, boot, key_id = (
-            FIXED.unpack_from(block)
+        return cls.unpack_fixed(block[: FIXED.size])
+
+    @classmethod
+    def unpack_fixed(cls, fixed: bytes) -> SegmentHeader:
+        """Return the header of the bytes before the wrapped key; FormatError for an unknown
+        version.
+        """
+        magic, version, generation, incarnation, stream, created, capacity, boot, key_id = (
+            FIXED.unpack(fixed)
         )
-        if version != VERSION:
+        if magic != MAGIC or version != VERSION:
             raise FormatError(f"segment version {version} is not known")
         name = stream.rstrip(b"\0").decode("ascii", "backslashreplace")
         return cls(generation, incarnation, name, created, capacity, boot, key_id)
+
+    @staticmethod
+    def parts(block: bytes) -> tuple[bytes, bytes, bytes]:
+        """Return the bytes before the wrapped key, the wrapped key, and its commitment."""
+        start, end = FIXED.size, FIXED.size + WRAPPED_BYTES
+        return block[:start], block[start:end], block[end : end + 32]
 
     @staticmethod
     def data_key(block: bytes, keys: Keys) -> bytes:

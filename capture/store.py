@@ -31,6 +31,8 @@ class Store:
         self.evidence = state / "evidence"
         self.segments = self.evidence / "segments"
         self.open = self.evidence / "open"  #: one locked file per living incarnation
+        self.sealed = self.evidence / "sealed"  #: packs: what finished segments became
+        self.keys = self.evidence / "keys"  #: data keys of the sealed store
         self.ledger = self.evidence / "ledger"
         self.index = self.evidence / "index.sqlite"
         self.hot = run / "hot"  #: one directory of chunks per living incarnation
@@ -40,7 +42,8 @@ class Store:
         put something in a file's place.
         """
         for path in (
-            self.state, self.evidence, self.segments, self.open, self.ledger, self.run, self.hot
+            self.state, self.evidence, self.segments, self.open, self.sealed, self.keys,
+            self.ledger, self.run, self.hot,
         ):  # fmt: skip
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = path.stat()
@@ -73,18 +76,24 @@ class Store:
         """Return the path of a segment that is being made ready and holds nothing yet."""
         return self.segments / f"{incarnation:08x}.{generation:08x}.pre"
 
+    def pack(self, generation: int, first: int) -> Path:
+        """Return the path of the pack that begins with commit `first` of a segment."""
+        return self.sealed / f"{generation:08x}.{first:08x}.pack"
+
     def generations(self) -> list[int]:
-        """Return the generations of the segments on disk, oldest first. What is no file is none."""
-        found = []
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.segments) as entries:
-            for entry in entries:
-                stem, dot, suffix = entry.name.partition(".")
-                if dot and suffix == "seg" and len(stem) == 8:
-                    with contextlib.suppress(ValueError):
-                        generation = int(stem, 16)
-                        if entry.is_file(follow_symlinks=False):
-                            found.append(generation)
-        return sorted(found)
+        """Return the generations of the segments whose files are there, oldest first. What is no
+        file is none.
+        """
+        return _numbers(self.segments, "seg")
+
+    def sealed_generations(self) -> list[int]:
+        """Return the generations of the segments that have a pack, oldest first."""
+        return _numbers(self.sealed, "00000000.pack")
+
+    def all_generations(self) -> list[int]:
+        """Return the generations of all segments, whether their files are there or only packs."""
+        hot = self.generations()  # listed first: a pack is there before its segment's file goes
+        return sorted({*hot, *self.sealed_generations()})
 
     def next_generation(self) -> int:
         """Take the next generation; a number that was given out is never given again, not even
@@ -92,7 +101,7 @@ class Store:
         """
         with self._locked(self.evidence / "generation") as fd:
             text = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-            last = int(text, 16) if _COUNT.fullmatch(text) else 0
+            last = int(text, 16) if _COUNT.fullmatch(text) else max([0, *self.all_generations()])
             generation = max([last, *self.generations()]) + 1
             if generation >> 24:
                 raise EvidenceError("the generation counter is used up")
@@ -110,6 +119,19 @@ class Store:
             yield fd
         finally:
             os.close(fd)
+
+
+def _numbers(folder: Path, suffix: str) -> list[int]:
+    found = []
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            stem, _, rest = entry.name.partition(".")
+            if rest == suffix and len(stem) == 8:
+                with contextlib.suppress(ValueError):
+                    generation = int(stem, 16)
+                    if entry.is_file(follow_symlinks=False):
+                        found.append(generation)
+    return sorted(found)
 
 
 def sync_directory(path: Path) -> None:

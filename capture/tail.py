@@ -68,9 +68,9 @@ class SegmentReader:
                 # Only heads come through the page cache: read nothing ahead of them.
                 os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
                 self._direct = uncached.open(path)
-            block = os.pread(self._fd, BLOCK, 0)
-            self.header = SegmentHeader.unpack(block)
-            self._aead = None if keys is None else AESGCM(SegmentHeader.data_key(block, keys))
+            self.block = os.pread(self._fd, BLOCK, 0)
+            self.header = SegmentHeader.unpack(self.block)
+            self._aead = None if keys is None else AESGCM(SegmentHeader.data_key(self.block, keys))
         except BaseException:
             self.close()
             raise
@@ -157,6 +157,19 @@ class SegmentReader:
     def plaintext(self, commit: CommitInfo) -> bytes:
         """Return the frames of a commit."""
         return self.open(self.raw(commit), commit)
+
+    def load(self, commit: CommitInfo, *, digest: bool = False) -> tuple[bytes, bytes]:
+        """Return the SHA-256 of a commit's block range (empty unless asked for), and its frames."""
+        raw = self.raw(commit)
+        plaintext = self.open(raw, commit)
+        return self.digest(raw) if digest else b"", plaintext
+
+    @property
+    def ends_final(self) -> int:
+        """Return the size of a segment that ends with its final commit, 0 of any other."""
+        size = os.fstat(self._fd).st_size
+        last = self.commit_at(size - BLOCK) if size > BLOCK else None
+        return size if last is not None and last.final else 0
 
     def digest(self, raw: bytes | memoryview) -> bytes:
         """Return the SHA-256 of a commit's block range: what the ledger commits to."""

@@ -3,7 +3,7 @@
 `narrows sensor` runs it, as root, on every host whose processes are to be known. One thread waits
 on one epoll: the rings of the BPF programs (`ebpf.loader`), the files that are opened to be
 executed (`ebpf.opens`), the digests (`ebpf.hashing`, a thread of its own) and the gates
-(`ebpf.serving`).
+(`ebpf.serving`). All but the connects are on a second epoll within it, and can end a pause.
 Nothing is polled: a host where nothing is executed or connected costs nothing.
 
 Order is what joins depend on. Whatever woke the loop, it first notes how far the connect ring has
@@ -55,8 +55,9 @@ log = logging.getLogger("narrows.sensor")
 FAILED, UNAVAILABLE = 1, 69
 BATCH = 64  # events that are taken before something is sent on
 #: Pause after events: those that follow each other closely cost one wake-up together, of us and of
-#: the gates. An event that comes alone is passed on at once.
-NAP_S = 0.0002
+#: the gates. An event that comes alone is passed on at once. Connects are hardly ever waited for,
+#: because the SYN says the same; executions are, and end the longer pause, as questions do.
+NAP_S, CONNECTS_NAP_S = 0.0002, 0.001
 COUNT_S = 0.05  # how soon losses are looked for after something happened
 #: Losses that may be of a connect event.
 _CONNECTS = ("connect_ring", "cookies", "skipped")
@@ -134,6 +135,8 @@ class Sensor:
         self._again_at = 0.0
         self._connects_lost = 0
         self._poll = self._own(select.epoll())
+        self._urgent = self._own(select.epoll())
+        self._named = False
         mount = procfs.cgroup_mount()
         within = settings.cgroup.resolve().relative_to(mount.resolve())
         base = events.base(self._host.number, self._host.epoch)
@@ -151,7 +154,7 @@ class Sensor:
         )  # fmt: skip
         hello = events.message(Message.HELLO, _hello(self._host, self._key, settings))
         self._server = self._own(
-            Server(settings.socket, self._poll, hello, self._asked, self._came,
+            Server(settings.socket, self._urgent, hello, self._asked, self._came,
                    settings.queue_bytes)
         )  # fmt: skip
         found = self._census.scan()
@@ -178,7 +181,7 @@ class Sensor:
         try:
             while not self._stopping:
                 if self.step():
-                    time.sleep(NAP_S)
+                    self._nap()
         finally:
             for number, handler in handlers:
                 signal.signal(number, handler)
@@ -197,8 +200,9 @@ class Sensor:
             timeout = longest_s if timeout < 0 else min(timeout, longest_s)
         ready = self._poll.poll(timeout)
         taken = self._drain()
-        for fd, what in ready:
-            taken += self._handle(fd, what)
+        if any(fd == self._urgent.fileno() for fd, _ in ready):
+            for fd, what in self._urgent.poll(0):
+                taken += self._handle(fd, what)
         self._census.expire(time.monotonic_ns())
         self._flush()
         return taken
@@ -216,13 +220,22 @@ class Sensor:
         self._programs.configure(told, settings.prefixes, skipped)
 
     def _watch(self) -> None:
-        for fd in (self._records.fd, self._connects.fd, self._hasher.wakeup_fd):
+        for fd in (self._connects.fd, self._urgent.fileno()):
             self._poll.register(fd, select.EPOLLIN)
+        for fd in (self._records.fd, self._hasher.wakeup_fd):
+            self._urgent.register(fd, select.EPOLLIN)
         if self._opens is not None:
-            self._poll.register(self._opens.events_fd, select.EPOLLIN)
-            self._poll.register(self._opens.mounts_fd, select.EPOLLPRI)
+            self._urgent.register(self._opens.events_fd, select.EPOLLIN)
+            self._urgent.register(self._opens.mounts_fd, select.EPOLLPRI)
 
     # -- the loop ----------------------------------------------------------------------------------
+
+    def _nap(self) -> None:
+        """Pause after events, because others follow: not at the expense of who waits for one."""
+        if self._named:
+            time.sleep(NAP_S)
+        else:
+            self._urgent.poll(CONNECTS_NAP_S)
 
     def _handle(self, fd: int, what: int) -> bool:
         """Take care of a descriptor; say whether more is likely to follow at once."""
@@ -244,7 +257,8 @@ class Sensor:
         """
         connects, records = self._connects.produced(), self._records.produced()
         taken = 0
-        if records != self._records.consumed():
+        self._named = records != self._records.consumed()
+        if self._named:
             if self._opens is not None:
                 self._opens.drain()
             taken += self._take(self._records, self._record, records)

@@ -1,25 +1,34 @@
-"""`narrows evidence verify|reindex|log`: is it whole, make the index anew, what happened to it."""
+"""`narrows evidence verify|reindex|seal|log`: is it whole, make the index anew, seal it now, what
+happened to it.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from appliance.cli import settings
-from appliance.cli.outcome import OK, USAGE, Refusal
+from appliance.cli.outcome import FAILED, OK, USAGE, Refusal
 from appliance.cli.printable import printable
 from appliance.cli.reading import Evidence, evidence
 from capture import index_query, plainjson, records
+from capture.compression import decompress
 from capture.errors import EvidenceError
 from capture.index_fill import rebuild
+from capture.seal import Seal, SealRuns
+from capture.sealed import RewriteSettings
 from capture.session_json import event_object
 from capture.verify import verify
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
+
+SEAL_PACE_S = 0.2
+SEAL_PATIENCE_S = 10.0  #: longest wait for a file that a verifier keeps
 
 #: What `log` shows: records that are not about one session's content.
 LOGGED = (
@@ -34,7 +43,7 @@ _WHOLE = re.compile("all|[0-9a-f]{8}|[0-9a-hjkmnp-tv-z]{13}")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's words."""
-    verbs = parser.add_subparsers(required=True, metavar="verify|reindex|log", dest="verb")
+    verbs = parser.add_subparsers(required=True, metavar="verify|reindex|seal|log", dest="verb")
     checked = verbs.add_parser(
         "verify", help="check the evidence: 0 valid, 1 invalid, 2 incomplete"
     )
@@ -48,19 +57,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     checked.add_argument("--json", action="store_true", help="print JSON")
     anew = verbs.add_parser("reindex", help="make the search index anew from the segments")
+    now = verbs.add_parser(
+        "seal", help="sign what is on disk, and rewrite what is finished, without the seal process"
+    )
     log = verbs.add_parser(
         "log", help="gaps, reads, decisions, alarms, refusals, flows, starts and stops"
     )
     log.add_argument("--kind", choices=sorted(_NAMES), help="only this kind")
     log.add_argument("--json", action="store_true", help="print JSON")
-    for verb in (checked, anew, log):
+    for verb in (checked, anew, now, log):
         settings.add_config(verb)
 
 
 def run(words: argparse.Namespace) -> int:
     """Run one verb."""
     verbs: dict[str, Callable[[Evidence, argparse.Namespace], int]] = {
-        "verify": _verify, "reindex": _reindex, "log": _log,
+        "verify": _verify, "reindex": _reindex, "seal": _seal, "log": _log,
     }  # fmt: skip
     with evidence(words) as opened:
         return verbs[words.verb](opened, words)
@@ -74,7 +86,7 @@ def _verify(opened: Evidence, words: argparse.Namespace) -> int:
         what = session.name
     opened.record("verify")
     key, kept = _ledger_key(words.ledger_key), [_readable(name) for name in words.checkpoint]
-    report = verify(opened.store.state, what, key, kept=kept)
+    report = verify(opened.store.state, what, key, kept=kept, decompress=decompress)
     print(plainjson.dumps(report.json()) if words.json else report.text())
     return report.exit_code
 
@@ -105,6 +117,28 @@ def _reindex(opened: Evidence, words: argparse.Namespace) -> int:
         raise Refusal(str(wrong), "the old index is as it was") from wrong
     print(f"{sessions} sessions are in the index", file=sys.stderr)
     return OK
+
+
+def _seal(opened: Evidence, words: argparse.Namespace) -> int:
+    del words
+    opened.record("seal")
+    try:
+        seal = Seal(opened.store, opened.keys, SEAL_PACE_S, RewriteSettings(after_s=-1))
+    except SealRuns:
+        print("the seal process runs, and does it", file=sys.stderr)
+        return OK
+    except (EvidenceError, OSError) as wrong:
+        raise Refusal(str(wrong), "narrows evidence verify says what is wrong") from wrong
+    left, changed = (-1, -1), time.monotonic()
+    try:
+        while seal.step() or (seal.backlog[0] and time.monotonic() - changed < SEAL_PATIENCE_S):
+            if seal.backlog != left:
+                left, changed = seal.backlog, time.monotonic()
+            time.sleep(0.001)
+    finally:
+        seal.close()
+    print(f"{seal.backlog[0]} finished segments are not rewritten", file=sys.stderr)
+    return FAILED if seal.backlog[0] else OK
 
 
 def _log(opened: Evidence, words: argparse.Namespace) -> int:

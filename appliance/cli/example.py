@@ -33,6 +33,7 @@ management = ["10.0.0.0/24"]           # never reached from clients through the 
 # commit_ms = 50                       # longest time that evidence is in memory only
 # reserve_bytes = 33554432             # held back for an orderly stop on a full disk
 # checkpoint_s = 5                     # longest time between signed checkpoints
+# rewrite_s = 30                       # how long a finished segment is left as it is
 
 [attribution]
 # wait_ms = 50                         # longest wait for an owner before the first upstream byte

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from capture.crypt import Keys
 from capture.seal import Seal
+from capture.sealed import RewriteSettings
 from capture.store import Store
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def run(config: Config) -> int:
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: stopping.append(number))
-    sealer = Seal(store, keys, checkpoint_s=float(config.evidence.checkpoint_s))
+    rewrite = RewriteSettings(after_s=config.evidence.rewrite_s)
+    sealer = Seal(store, keys, float(config.evidence.checkpoint_s), rewrite)
     log.info("the seal is ready")
     while not stopping:
         busy = sealer.step()

@@ -55,6 +55,10 @@ _METHODS = tuple(
     b"GET HEAD POST PUT DELETE OPTIONS TRACE PATCH PURGE QUERY COPY MOVE LOCK UNLOCK MKCOL "
     b"PROPFIND PROPPATCH REPORT SEARCH CONNECT".split()
 )
+#: Other protocols' clients are not to wait for a word that is none.
+_BEGUN_METHODS = frozenset(
+    method[:length] for method in _METHODS for length in range(len(method) + 1)
+)
 _VERSION = re.compile(rb"[\r\n]*[!-~]+[ \t].*\bHTTP/[0-9]", re.IGNORECASE)
 _HTTP2 = b"PRI * HTTP/2"
 _MAY_BEGIN = re.compile(rb"(?:\r(?:\n)?)?(?:[A-Za-z_-]{1,32}(?:[ \t][\t\x20-\x7e\x80-\xff]*)?\r?)?")
@@ -171,6 +175,9 @@ class HTTP1Protocol:
         What this lets go is opaque, and its secrets are not hidden: a first line that names HTTP is
         claimed even when the layer will refuse it. HTTP/2 with prior knowledge is not claimed.
         """
+        if b" " not in prefix and b"\t" not in prefix:  # what follows costs other protocols more
+            begun = prefix.lstrip(b"\r\n") in _BEGUN_METHODS and _MAY_BEGIN.fullmatch(prefix)
+            return Answer.MORE if begun else Answer.NO
         if prefix.startswith(_HTTP2):
             return Answer.NO
         if _BEGINS.match(prefix) or _VERSION.match(prefix):
@@ -178,7 +185,7 @@ class HTTP1Protocol:
             return Answer.YES if not newline or _VERSION.match(line) else Answer.NO
         word, space, _ = prefix.lstrip(b"\r\n").partition(b" ")
         if not space and not any(method.startswith(word) for method in _METHODS):
-            return Answer.NO  # other protocols' clients are not to wait for a word that is none
+            return Answer.NO
         return Answer.MORE if _MAY_BEGIN.fullmatch(prefix) else Answer.NO
 
     def layer(self, facts: Facts) -> Layer:

@@ -54,7 +54,10 @@ _NOTHING: list[Effect] = []
 class PostgreSQL:
     """One session."""
 
-    __slots__ = ("_analyser", "_backend", "_frontend", "_pipeline", "_startup")
+    __slots__ = (
+        "_analyser", "_backend", "_frontend", "_pipeline", "_startup", "passive", "reading",
+        "sensitive",
+    )  # fmt: skip
 
     _frontend: Frontend
     _backend: Backend
@@ -63,12 +66,18 @@ class PostgreSQL:
     def __init__(self, facts: Facts, analyser: Analyser) -> None:
         self._analyser = analyser
         self._startup: Startup | None = Startup(facts)
+        self.reading: frozenset[Side] = BOTH  #: without the client while it is far ahead
+        #: until the server is ready for queries: passwords go up, keys come down
+        self.sensitive: frozenset[Side] = BOTH
+        self.passive: frozenset[Side] = NEITHER  #: the server, from then on
 
     def handle(self, event: Event) -> list[Effect]:
         """Decode bytes, or note that a side ended."""
         out: list[Effect] = []
         if self._startup is not None:
             self._starting(self._startup, event, out)
+            full = self._startup.full if self._startup is not None else self._frontend.waiting
+            self.reading = ONLY_UPSTREAM if full else BOTH
             return out
         pipeline = self._pipeline
         pipeline.out = out
@@ -88,6 +97,7 @@ class PostgreSQL:
             raise
         finally:
             pipeline.out = _NOTHING  # effects hold on to the bytes of their event
+        self.reading = ONLY_UPSTREAM if self._frontend.waiting else BOTH
         return out
 
     def _ending(self, event: Eof) -> None:
@@ -124,6 +134,7 @@ class PostgreSQL:
         for name, value in startup.parameters.items():
             self._backend.parameter(name, value)
         self._startup = None
+        self.sensitive, self.passive = NEITHER, ONLY_UPSTREAM
         if early:
             out.append(Forward(CLIENT, early))
             self._backend.feed(early, server_at)
@@ -157,22 +168,6 @@ class PostgreSQL:
         if self._startup is not None:
             return self._startup.held(side)[1]
         return self._frontend.held if side is CLIENT else b""
-
-    @property
-    def reading(self) -> frozenset[Side]:
-        """Both sides, unless the client is too far ahead of the server."""
-        full = self._frontend.waiting if self._startup is None else self._startup.full
-        return ONLY_UPSTREAM if full else BOTH
-
-    @property
-    def sensitive(self) -> frozenset[Side]:
-        """Both sides until the server is ready for queries: passwords go up, keys come down."""
-        return NEITHER if self._startup is None else BOTH
-
-    @property
-    def passive(self) -> frozenset[Side]:
-        """The server, once it is ready for queries."""
-        return ONLY_UPSTREAM if self._startup is None else NEITHER
 
 
 class PostgreSQLProtocol:

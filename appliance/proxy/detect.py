@@ -11,14 +11,10 @@ from typing import TYPE_CHECKING
 
 from appliance.protocols import discover
 from appliance.sansio import Answer
-from appliance.wire.clienthello import may_begin, offer, parse
-from appliance.wire.tlsrecords import NotTls
 
 if TYPE_CHECKING:
     from appliance.sansio import Protocol
-    from capture.records import Tls
 
-TLS = "tls"  #: the reason why a session that begins with a ClientHello is opaque
 MOST_PREFIX_BYTES = 16 * 1024
 
 
@@ -32,25 +28,7 @@ def detect(prefix: bytes, port: int) -> tuple[Protocol | None, str]:
         undecided = undecided or answer is Answer.MORE
     if undecided and len(prefix) < MOST_PREFIX_BYTES:
         return None, ""
-    if may_begin(prefix):
-        return _tls(prefix)
     return discover()["opaque"], "no-probe-matched"
-
-
-def _tls(prefix: bytes) -> tuple[Protocol | None, str]:
-    """TLS that nobody opens is opaque; what its ClientHello says is recorded (`passed`)."""
-    try:
-        hello = parse(prefix)
-    except NotTls:
-        return discover()["opaque"], "no-probe-matched"
-    return (None, "") if hello is None else (discover()["opaque"], TLS)
-
-
-def passed(prefix: bytes) -> Tls:
-    """Return the record of a ClientHello that passes, for which `detect` said TLS."""
-    hello = parse(prefix)
-    assert hello is not None
-    return offer(hello, "passthrough")
 
 
 def expected(prefix: bytes, port: int) -> bool:

@@ -19,6 +19,7 @@ import socket
 from collections import deque
 from typing import TYPE_CHECKING
 
+from appliance.proxy.effects import feed
 from appliance.proxy.loop import DEAD, PLAIN, WRITE
 from appliance.proxy.tls.stream import TlsStream
 from appliance.proxy.upstream import abort
@@ -205,7 +206,7 @@ class Direction:
             self.send(data, position - (-length & 7), position)
             if session.closed:
                 return
-        session.feed(self, data, offset, now)
+        feed(session, self, data, offset, now)
 
     def receive_unrecorded(self, scratch: memoryview) -> int:
         """Pass bytes on while evidence cannot be written and the route says to go on; return how

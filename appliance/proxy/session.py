@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from appliance.protocols import discover
 from appliance.proxy import effects
-from appliance.proxy.detect import TLS, detect, expected, passed
+from appliance.proxy.detect import detect, expected
 from appliance.proxy.direction import Direction
 from appliance.proxy.loop import DEAD, ENDED, WRITE
 from appliance.proxy.standing import closed
@@ -147,8 +147,8 @@ class Session:
             )
             if wanted is not direction.reading:
                 direction.reading = wanted
-                if wanted and (direction.pending or not direction.watched):
-                    direction.watch()
+                if wanted and (direction.pending or direction.stream or not direction.watched):
+                    direction.watch()  # TLS keeps itself what is left (`TlsStream.pending`)
 
     def readable(self, direction: Direction) -> None:
         """The loop says that `direction` has bytes."""
@@ -178,10 +178,6 @@ class Session:
         direction.writing = False
         if direction.ended:
             self.flushed(direction)
-
-    def feed(self, direction: Direction, data: memoryview | bytes, offset: int, now: int) -> None:
-        """Give bytes that are in the evidence to the layer."""
-        effects.feed(self, direction, data, offset, now)
 
     def unrecordable(self) -> None:
         """There is no memory to record received bytes: they go nowhere."""
@@ -245,8 +241,6 @@ class Session:
         self.protocol = name
         worker = self.worker
         worker.lay(_DETECTED, self.number, worker.standing.detected(name, reason), worker.now())
-        if prefix and reason == TLS:
-            self.record(passed(prefix))
         if name == "opaque":
             self.layer = self.worker.opaque
             self.up.relay = self.down.relay = FOREVER

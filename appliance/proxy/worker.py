@@ -27,7 +27,7 @@ from appliance.proxy.tls import Terminator
 from appliance.proxy.turned import TurnedAway
 from appliance.proxy.upstream import dial
 from capture.errors import EvidenceError
-from capture.records import KINDS, Decision, Gap, Heartbeat, SessionOpen
+from capture.records import KINDS, Decision, Gap, Heartbeat, SessionOpen, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,7 +139,7 @@ class Worker:
         False.
         """
         try:
-            self.writer.record(session, record, now)
+            self.writer.append(KINDS[type(record)], session, encode(record), now)
         except EvidenceError:
             self._lost_records += 1
             return False

@@ -180,11 +180,14 @@ def _losses(opened: Opened) -> Iterator[Sample]:
 def _machine(review: Review) -> Iterator[Sample]:
     reading, recorder = review.reading, review.recorder
     disk = os.statvfs(reading.store.state)
-    age = _checkpoint_age(review)
+    age, backlog = _checkpoint_age(review), _backlog(review)
     for name, kind, text, value in (
         ("narrows_disk_free_bytes", "gauge", "Free on the disk of the evidence.",
          disk.f_bavail * disk.f_frsize),
         ("narrows_segments", "gauge", "Segments of evidence.", len(reading.store.generations())),
+        ("narrows_seal_backlog_segments", "gauge", "Finished segments that are not rewritten yet.",
+         backlog["segments"]),
+        ("narrows_seal_backlog_bytes", "gauge", "Their bytes.", backlog["bytes"]),
         ("narrows_checkpoint_age_seconds", "gauge", "Age of the newest signed checkpoint.", age),
         ("narrows_index_stale", "gauge", "1: the index is behind.", float(bool(reading.stale))),
         ("narrows_evidence_unreadable_total", "counter", "What the API could not read.",
@@ -203,6 +206,15 @@ def _machine(review: Review) -> Iterator[Sample]:
         yield name, kind, text, [({}, float(value))]
     answered = [({"status": status}, float(n)) for status, n in sorted(review.answered.items())]
     yield "narrows_api_requests_total", "counter", "Requests by status.", answered
+
+
+def _backlog(review: Review) -> dict[str, int]:
+    """Return what the seal told last of its backlog; zeros before it told anything."""
+    try:
+        told = json.loads((review.reading.store.evidence / "seal.backlog").read_bytes())
+        return {"segments": told["segments"], "bytes": told["bytes"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"segments": 0, "bytes": 0}
 
 
 def _checkpoint_age(review: Review) -> float:

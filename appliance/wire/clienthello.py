@@ -1,8 +1,8 @@
 """ClientHello: what a TLS client asks for, before anything is encrypted (RFC 8446, section 4.1.2).
 
-The gate reads it to know the server's name and the protocols that the client would speak; the `tls`
-protocol records it. Nothing here trusts it: lengths are checked, sizes bounded, and a name that is
-none is "".
+The gate reads it to know the server's name and the protocols that the client would speak; where TLS
+passes, `appliance.wire.tlspassing` records it. Nothing here trusts it: lengths are checked, sizes
+bounded, and a name that is none is "".
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from appliance.wire.tlsrecords import CLIENT_HELLO, Fields, Handshakes, NotTls
+from appliance.wire.tlsrecords import (
+    CLIENT_HELLO,
+    HANDSHAKE,
+    HEADER_BYTES,
+    MOST_RECORD_BYTES,
+    Fields,
+    Handshakes,
+    NotTls,
+    version_name,
+)
 from capture.records import Tls
 
 MOST_HELLO_BYTES = 16 * 1024  #: records included; post-quantum key shares take about 2 KiB
@@ -20,8 +29,8 @@ _NAME = re.compile(rb"(?!-)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?")
 _JA4_VERSIONS = {
     0x0304: "13", 0x0303: "12", 0x0302: "11", 0x0301: "10", 0x0300: "s3", 0x0002: "s2",
 }  # fmt: skip
-_VERSION_NAMES = {0x0304: "TLSv1.3", 0x0303: "TLSv1.2", 0x0302: "TLSv1.1", 0x0301: "TLSv1"}
 _NOTHING = "000000000000"
+_OLD_HEAD_BYTES = 11  #: of a ClientHello in the form of SSL 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +71,7 @@ class ClientHello:
     @property
     def version_names(self) -> tuple[str, ...]:
         """Return the offered versions by name, without GREASE."""
-        return tuple(
-            _VERSION_NAMES.get(each, f"0x{each:04x}") for each in self.versions if not _grease(each)
-        )
+        return tuple(version_name(each) for each in self.versions if not _grease(each))
 
 
 def parse(prefix: bytes) -> ClientHello | None:
@@ -74,9 +81,13 @@ def parse(prefix: bytes) -> ClientHello | None:
     """
     if not may_begin(prefix):
         raise NotTls("no TLS handshake record")
+    if prefix[:1] != b"\x16":
+        if len(prefix) >= _OLD_HEAD_BYTES:
+            raise NotTls("it has the form of SSL 2")
+        return None
     if len(prefix) > 5 and prefix[5] != CLIENT_HELLO:
         raise NotTls("the handshake does not begin with ClientHello")
-    handshakes = Handshakes()
+    handshakes = Handshakes(any_version=True)
     for _, body in handshakes.feed(prefix[:MOST_HELLO_BYTES]):
         return _client_hello(body)
     if handshakes.closed:
@@ -93,10 +104,37 @@ def offer(hello: ClientHello, mode: str) -> Tls:
 
 
 def may_begin(prefix: bytes) -> bool:
-    """Say whether a client's first bytes may be those of a TLS handshake record."""
-    if len(prefix) < 3:
-        return b"\x16\x03".startswith(prefix)
-    return prefix[:2] == b"\x16\x03" and prefix[2] <= 4
+    """Say whether a client's first bytes may be those of a TLS handshake, in any form that some
+    server takes: what is only TLS to the server would pass a gate that opens TLS unopened.
+    """
+    if prefix[:1] != b"\x16":
+        return not prefix or _may_be_old(prefix)
+    if len(prefix) < 3 or (prefix[1] == 3 and prefix[2] <= 4):
+        return True
+    # Servers ignore the record's version (RFC 8446, section 5.1: they must). Other protocols may
+    # begin with these numbers, too, so the message has to look like a ClientHello as well.
+    length = int.from_bytes(prefix[3:5], "big") if len(prefix) >= HEADER_BYTES else 4
+    inside = (9, 3) if length > 4 else (HEADER_BYTES + length, HANDSHAKE)
+    marks = ((HEADER_BYTES, CLIENT_HELLO), inside)
+    return 0 < length <= MOST_RECORD_BYTES and all(
+        prefix[at] == value for at, value in marks if at < len(prefix)
+    )
+
+
+def _may_be_old(prefix: bytes) -> bool:
+    """Say the same of a ClientHello in the form of SSL 2 (RFC 5246, section E.2): two bytes of
+    length with the highest bit set, the message type, the version, and three lengths.
+    """
+    if not prefix[0] & 0x80 or not (b"\x01\x03".startswith(prefix[2:4])):
+        return False
+    if len(prefix) < _OLD_HEAD_BYTES:
+        return True
+    length = int.from_bytes(prefix[:2], "big") & 0x7FFF
+    ciphers, session, challenge = (int.from_bytes(prefix[at : at + 2], "big") for at in (5, 7, 9))
+    return (
+        ciphers % 3 == 0 < ciphers and 16 <= challenge <= 32
+        and length + 2 == _OLD_HEAD_BYTES + ciphers + session + challenge
+    )  # fmt: skip
 
 
 def _client_hello(body: bytes) -> ClientHello:

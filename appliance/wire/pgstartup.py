@@ -13,7 +13,7 @@ message by message.
                authentication messages waits
     READY      ReadyForQuery came; both sides' rest is the next stage's
     CANCELLED  the client asked to cancel another session's query; the server answers by closing
-    SEALED     the session went on in TLS and is not decoded
+    SEALED     the session went on in TLS and is not decoded; what its handshake shows is recorded
     REFUSED    the gate answered with an error; both sides are being closed
 
 Where the gate opens TLS (`Facts.opens_tls`), the server's S is followed by both handshakes, and the
@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 
 from appliance.sansio import (
     CLIENT,
-    FOREVER,
     UPSTREAM,
     Audit,
     Effect,
@@ -37,7 +36,6 @@ from appliance.sansio import (
     Hide,
     Origin,
     ProtocolError,
-    Relay,
     Side,
     StartTls,
 )
@@ -53,6 +51,7 @@ from appliance.wire.pgmessages import (
 )
 from appliance.wire.pgpipeline import told
 from appliance.wire.pgtypes import text_of
+from appliance.wire.tlspassing import Passing, passed
 from capture.records import Fact, Result, Withheld
 
 if TYPE_CHECKING:
@@ -64,8 +63,7 @@ MOST_WAITING_BYTES = 64 * 1024  #: of the client, before the server is ready; th
 _HEADER = Struct("!BI").unpack_from
 _PACKET = Struct("!II").unpack_from
 _INT4 = Struct("!I").unpack_from
-_HEADER_BYTES = 5
-_PACKET_BYTES = 8
+_HEADER_BYTES, _PACKET_BYTES = 5, 8
 _PASSWORD = ord("p")
 _TERMINATE = ord("X")
 
@@ -80,8 +78,8 @@ class Startup:
 
     __slots__ = (
         "_client", "_client_at", "_facts", "_gss_refused", "_mechanism", "_method", "_out",
-        "_server", "_server_at", "_ssl_refused", "_tls", "authenticated", "parameters", "phase",
-        "replication",
+        "_passing", "_server", "_server_at", "_ssl_refused", "_tls", "authenticated", "parameters",
+        "phase", "replication",
     )  # fmt: skip
 
     def __init__(self, facts: Facts) -> None:
@@ -95,6 +93,7 @@ class Startup:
         self._mechanism = ""
         self._ssl_refused = self._gss_refused = False
         self._tls = facts.in_tls  #: the gate opened it
+        self._passing: Passing | None = None  #: once it went to TLS that nobody opens
         self.phase = Phase.OPEN
         self.authenticated = False
         self.replication = False
@@ -120,6 +119,9 @@ class Startup:
     def feed(self, data: Data, out: list[Effect]) -> None:
         """Decode bytes of either side. Raises ProtocolError."""
         if self.phase is Phase.REFUSED:
+            return
+        if self._passing is not None:
+            out += [*self._passing.feed(data.side, data.data), *passed(data)]
             return
         self._out = out
         kept, at = (
@@ -330,8 +332,7 @@ class Startup:
                 return False
             self._fact("undecoded", {"why": "tls", "secrets": "unparsed"})
             self._pass_server(1)
-            self._out.append(Relay(CLIENT, FOREVER))
-            self._out.append(Relay(UPSTREAM, FOREVER))
+            self._passing = Passing()
             self.phase = Phase.SEALED
             return False
         if answer != ord("E"):

@@ -32,6 +32,6 @@ def _one(der: bytes) -> dict[str, Any]:
         told["names"] = [name[:_MOST_LETTERS] for name in names[:MOST_NAMES]]
     except x509.ExtensionNotFound:
         told["names"] = []
-    except (ValueError, TypeError) as wrong:  # a peer's certificate may be anything
-        told["unreadable"] = str(wrong)[:_MOST_LETTERS]
+    except Exception as wrong:  # noqa: BLE001 - a peer's certificate may be anything, and so may the library's word for it
+        told["unreadable"] = str(wrong)[:_MOST_LETTERS] or type(wrong).__name__
     return told

@@ -1,7 +1,7 @@
 """TLS records and handshake messages in the clear, cut as the peer likes (RFC 8446, section 5.1).
 
-`appliance.wire.clienthello` and the `tls` protocol use it on bytes that nobody has decrypted: the
-first flight of a TLS 1.3 session, the whole handshake of an older one.
+`appliance.wire.clienthello` and `appliance.wire.tlspassing` use it on bytes that nobody has
+decrypted: the first flight of a TLS 1.3 session, the whole handshake of an older one.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CHANGE_CIPHER_SPEC, ALERT, HANDSHAKE, APPLICATION_DATA = 20, 21, 22, 23
-CLIENT_HELLO, SERVER_HELLO, CERTIFICATE, CERTIFICATE_REQUEST = 1, 2, 11, 13
+CLIENT_HELLO, SERVER_HELLO, CERTIFICATE, CERTIFICATE_REQUEST, SERVER_HELLO_DONE = 1, 2, 11, 13, 14
 HEADER_BYTES = 5
 MOST_RECORD_BYTES = (1 << 14) + 256  #: of an unencrypted record, some room for old servers
 MOST_MESSAGE_BYTES = 1 << 17  #: a certificate chain; OpenSSL's own limit is 100 KiB
+
+_VERSION_NAMES = {0x0304: "TLSv1.3", 0x0303: "TLSv1.2", 0x0302: "TLSv1.1", 0x0301: "TLSv1"}
 
 
 class NotTls(Exception):
@@ -25,13 +27,18 @@ class NotTls(Exception):
 class Handshakes:
     """Puts the handshake messages of one side together; keeps at most one message."""
 
-    __slots__ = ("_body", "_record", "closed")
+    __slots__ = ("_any_version", "_body", "_record", "alert", "closed")
 
-    def __init__(self) -> None:
+    def __init__(self, *, any_version: bool = False) -> None:
+        """With `any_version` the first byte of a record's version may be any, as for some servers
+        (RFC 8446, section 5.1).
+        """
+        self._any_version = any_version
         self._record = bytearray()
         self._body = bytearray()
         #: what follows is encrypted, or no handshake
         self.closed = False
+        self.alert = 0  #: number of the alert that ended it
 
     def feed(self, data: bytes | memoryview) -> Iterator[tuple[int, bytes]]:
         """Yield (type, body) of each message that is whole now. Raises NotTls."""
@@ -40,9 +47,13 @@ class Handshakes:
         while not self.closed and len(record) >= HEADER_BYTES:
             kind, major = record[0], record[1]
             length = int.from_bytes(record[3:5], "big")
-            if not CHANGE_CIPHER_SPEC <= kind <= APPLICATION_DATA or major != 3:
+            known = CHANGE_CIPHER_SPEC <= kind <= APPLICATION_DATA
+            if not known or (major != 3 and not self._any_version):
                 raise NotTls("not a TLS record")
+            if kind == ALERT and length == 2 and len(record) < HEADER_BYTES + length:
+                return
             if kind != HANDSHAKE:
+                self.alert = record[6] if kind == ALERT and length == 2 else 0
                 self._close()
                 return
             if not 0 < length <= MOST_RECORD_BYTES:
@@ -121,3 +132,8 @@ def certificates(body: bytes, *, thirteen: bool) -> tuple[bytes, ...]:
         if thirteen:
             chain.block(2)
     return tuple(found)
+
+
+def version_name(number: int) -> str:
+    """Return OpenSSL's name of a protocol version."""
+    return _VERSION_NAMES.get(number, f"0x{number:04x}")

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import fcntl
+import importlib
+import os
 import re
-from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from capture.verify import leaf as leaves
+from capture.verify.commits import Bytes, pending
 from capture.verify.content import Content
-from capture.verify.history import SILENCE_S, History, session_number
+from capture.verify.history import History, session_number
 from capture.verify.log import Log, read_kept
 from capture.verify.note import LogKey, NoteError
-from capture.verify.report import Pending, Report
+from capture.verify.opened import Opener
+from capture.verify.packs import Pack, Packs
+from capture.verify.report import Report
 from capture.verify.segment import BLOCK, Segment, SegmentError
-from capture.verify.tree import Tree, leaf
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from capture.verify.history import Hot, Run, Sealed
-    from capture.verify.segment import Commit
+    from capture.verify.history import Sealed
+    from capture.verify.packs import AnySegment
+    from capture.verify.parts import Decompress
 
 _SESSION = re.compile("[0-9a-hjkmnp-tv-z]{13}")
 _SEGMENT = re.compile("[0-9a-f]{8}")
@@ -34,22 +40,45 @@ def verify(
     *,
     key: Path | None = None,
     kept: Sequence[Path] = (),
+    decompress: Decompress | None = None,
 ) -> Report:
     """Verify the evidence in a state directory, which may be in use.
 
     `what`: "all", a segment (8 hex digits) or a session (13 letters); ValueError for another word.
     `vkey` is the log's verifier key; without it ledger.pub of the state directory is believed.
     `key` is the appliance's key file; without it appliance.key is used if it is there. `kept` are
-    checkpoints that an auditor kept.
+    checkpoints that an auditor kept. `decompress` gives back the bytes that a zstd frame was made
+    of, whose number it is told; without it that of Python 3.14 is used, if this is one.
     """
     if what != "all" and not _SESSION.fullmatch(what) and not _SEGMENT.fullmatch(what):
         raise ValueError(f"{what!r} is neither all, nor a segment, nor a session")
     report = Report(what)
     try:
-        _Check(state, what, vkey, key, kept, report).run()
+        with _unchanged(state / "evidence" / "segments"):
+            _Check(state, what, vkey, key, kept, report, decompress or _own_zstd()).run()
     except NoteError as wrong:
         report.invalid(str(wrong), file="checkpoint")
     return report
+
+
+@contextlib.contextmanager
+def _unchanged(segments: Path) -> Iterator[None]:
+    """Keep the seal from letting go of files while they are checked: it needs this lock for it."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a copy may lie where nothing can be locked
+            folder = os.open(segments, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_SH)
+        yield
+
+
+def _own_zstd() -> Decompress | None:
+    """Return the decompression of Python's own library, which has one from 3.14 on."""
+    try:
+        zstd = importlib.import_module("compression.zstd")
+    except ImportError:
+        return None
+    return lambda data, _size: bytes(zstd.decompress(data))
 
 
 class _Check:
@@ -57,9 +86,10 @@ class _Check:
 
     def __init__(
         self, state: Path, what: str, vkey: str | None, key: Path | None, kept: Sequence[Path],
-        report: Report,
+        report: Report, decompress: Decompress | None,
     ) -> None:  # fmt: skip
-        self._report, self._what = report, what
+        self._report, self._what, self._decompress = report, what, decompress
+        self._evidence = state / "evidence"
         self._ledger = state / "evidence" / "ledger"
         self._segments = state / "evidence" / "segments"
         self._log_key = _log_key(state, vkey, report)
@@ -81,9 +111,8 @@ class _Check:
         self._history = History(self._log_key.name, self._report, wanted)
         self._read(log)
         if self._appliance_key is not None:
-            self._content = Content(
-                self._appliance_key, self._history, log, self._report, whole=self._what == "all"
-            )
+            opener = Opener(self._appliance_key, self._evidence, self._decompress, self._report)
+            self._content = Content(opener, self._history, log, self._what)
         for generations in self._streams():
             for generation in generations:
                 self._segment(generation, self._history.segments[generation])
@@ -99,8 +128,11 @@ class _Check:
 
     def _unsigned(self) -> None:
         """There is no checkpoint: say whether there ever was one."""
+        packs = any((self._evidence / "sealed").glob("*.pack"))
         if any(path.is_file() for path in self._ledger.glob("tile/**/*")):
             self._report.invalid("the checkpoint is missing", file="checkpoint")
+        elif packs or (self._evidence / "seal.state").exists():
+            self._report.invalid("there was a log, and it is gone", file="checkpoint")
         else:
             self._report.incomplete("nothing was signed yet")
         if self._kept:
@@ -147,14 +179,60 @@ class _Check:
         return [[g for g in generations if wanted[0] <= g <= last]]
 
     def _segment(self, generation: int, sealed: Sealed) -> None:
+        self._packs(generation, sealed)
         try:
-            with Segment(self._segments / f"{generation:08x}.seg") as segment:
+            with self._open(generation, sealed) as segment:
                 self._report.segments += 1
-                _Bytes(segment, sealed, self._history, self._content, self._report).run()
+                Bytes(segment, sealed, self._history, self._content, self._report).run()
         except FileNotFoundError:
             self._lost(generation, "the segment is missing")
         except (OSError, SegmentError) as wrong:
             self._lost(generation, str(wrong))
+
+    def _open(self, generation: int, sealed: Sealed) -> AnySegment:
+        try:
+            return Segment(self._segments / f"{generation:08x}.seg")
+        except FileNotFoundError:
+            if not sealed.packs:
+                raise
+            if not sealed.packs[-1].last:
+                reason = "the segment is missing, and its packs are not signed to its end"
+                raise SegmentError(reason) from None
+            return Packs(self._evidence, generation)
+
+    def _packs(self, generation: int, sealed: Sealed) -> None:
+        """Compare each pack that the log names with the log, byte for byte."""
+        for named in sealed.packs:
+            name = f"{generation:08x}.{named.first:08x}.pack"
+            where: dict[str, Any] = {"segment": generation, "file": name, "leaf": named.leaf}
+            try:
+                pack = Pack(self._evidence / "sealed" / name)
+                faults = list(pack.faults())
+            except (OSError, SegmentError) as wrong:
+                missing = isinstance(wrong, FileNotFoundError)
+                self._report.invalid("the pack is missing" if missing else str(wrong), **where)
+                continue
+            self._report.packs += 1
+            self._report.size_bytes += pack.size
+            said = (named.commits, named.parts, named.last, named.digest, named.size)
+            if (pack.commits, len(pack.entries), pack.last, pack.digest, pack.size) != said:
+                self._report.invalid("the pack's head is not as sealed", **where)
+            for fault in faults:
+                self._report.invalid(fault, **where)
+
+    def _unknown_packs(self) -> None:
+        """Packs that no leaf names are being made, as long as their segment's file is there."""
+        for path in sorted((self._evidence / "sealed").glob("*.pack")):
+            words = path.name.split(".")
+            if len(words) != 3 or not all(map(_SEGMENT.fullmatch, words[:2])):
+                continue
+            generation, first = int(words[0], 16), int(words[1], 16)
+            sealed = self._history.segments.get(generation)
+            named = sealed is not None and any(pack.first == first for pack in sealed.packs)
+            if not named and not (self._segments / f"{words[0]}.seg").exists():
+                self._report.invalid(
+                    "the log does not know the pack", segment=generation, file=path.name
+                )
 
     def _lost(self, generation: int, reason: str) -> None:
         self._report.invalid(reason, segment=generation, offset=0)
@@ -165,6 +243,7 @@ class _Check:
         """Look at the segments that the log does not know."""
         if self._what != "all" or not self._segments.is_dir():
             return
+        self._unknown_packs()
         for path in sorted(self._segments.glob("*.seg")):
             generation = int(path.stem, 16) if _SEGMENT.fullmatch(path.stem) else -1
             known = self._history.segments.get(generation)
@@ -184,114 +263,6 @@ class _Check:
                 self._report.incomplete(
                     f"it cannot be read and is not sealed: {wrong}", segment=generation, offset=0
                 )
-
-
-class _Bytes:
-    """One segment's bytes against the log."""
-
-    def __init__(
-        self, segment: Segment, sealed: Sealed, history: History, content: Content | None,
-        report: Report,
-    ) -> None:  # fmt: skip
-        self._segment, self._sealed, self._history = segment, sealed, history
-        self._content, self._report = content, report
-        self._tag: bytes | None = bytes(16)
-        self._tags: dict[int, tuple[int, bytes]] = {}  #: number -> (end, tag), for hot leaves
-
-    def run(self) -> None:
-        """Compare header, sealed commits, hot commits, and what follows them."""
-        segment, sealed = self._segment, self._sealed
-        if sha256(segment.block).digest() != sealed.header:
-            self._invalid("the segment's header is not as sealed", 0)
-        if (segment.incarnation, segment.stream) != (sealed.incarnation, sealed.stream):
-            self._invalid("the segment's header names another stream than the log", 0)
-        if self._content is not None:
-            self._content.begin(segment)
-        for run in sealed.runs:
-            self._run(run)
-        for hot in sealed.hot:
-            self._hot(hot)
-        last = sealed.runs[-1]
-        if last.final:
-            if segment.size != last.end:
-                self._invalid(f"the file has {segment.size} bytes, not {last.end}", last.end)
-        elif not self._history.after(segment.generation):
-            self._rest(last)
-
-    def _run(self, run: Run) -> None:
-        tree, base = Tree(), run.base
-        commit: Commit | None = None
-        offset = run.offset
-        for number in range(run.first, run.first + run.commits):
-            commit = self._segment.commit(offset)
-            if commit is None or commit.number != number:
-                self._invalid(f"commit {number} is missing, or its header was changed", offset)
-                self._tag = None
-                if self._content is not None:
-                    self._content.lost()
-                return
-            raw = self._segment.raw(commit)
-            if self._tag is not None and commit.previous_tag != self._tag:
-                self._invalid(f"commit {number} does not follow the one before it", offset)
-            if commit.base != base:
-                self._history.broken(
-                    commit.base, base, recovery=run.recovery, segment=self._segment.generation,
-                    offset=offset,
-                )  # fmt: skip
-            tree.add(leaf(sha256(raw).digest()))
-            if self._content is not None:
-                self._content.take(commit, raw)
-            self._report.commits += 1
-            self._report.size_bytes += commit.size
-            self._tag, offset, base = commit.tag(raw), commit.end, commit.base + commit.plain
-            if self._sealed.hot:
-                self._tags[number] = offset, self._tag
-        if tree.root() != run.root:
-            last = run.first + run.commits - 1
-            self._invalid(f"commits {run.first} to {last} are not as sealed", run.offset, run.leaf)
-        if offset != run.end or base != run.position or (commit and commit.final) != run.final:
-            self._invalid("the commits do not end where the leaf says", run.offset, run.leaf)
-
-    def _hot(self, hot: Hot) -> None:
-        """Compare the tags that were signed before the seal had read the commits."""
-        digest, offset = sha256(), hot.offset
-        for number in range(hot.first, hot.first + hot.commits):
-            if number not in self._tags:
-                commit = self._segment.commit(offset)
-                if commit is None or commit.number != number:
-                    self._invalid(f"commit {number} was there and is missing", offset, hot.leaf)
-                    return
-                self._tags[number] = commit.end, commit.tag(self._segment.raw(commit))
-            offset, tag = self._tags[number]
-            digest.update(tag)
-        if digest.digest() != hot.tags:
-            reason = "commits are not as they were when the seal saw them"
-            self._invalid(reason, hot.offset, hot.leaf)
-
-    def _rest(self, last: Run) -> None:
-        """Look at what follows the last sealed commit of a living segment."""
-        first = self._segment.commit(last.end)
-        if first is None or first.number != last.first + last.commits:
-            return
-        if self._tag is not None and first.previous_tag != self._tag:
-            self._invalid("what is not sealed yet does not follow what is", last.end)
-        pending(self._segment, first.number, last.end, self._history, self._report)
-
-    def _invalid(self, reason: str, offset: int, index: int | None = None) -> None:
-        self._report.invalid(reason, segment=self._segment.generation, offset=offset, leaf=index)
-
-
-def pending(segment: Segment, number: int, offset: int, history: History, report: Report) -> None:
-    """Report the commits from `number` at `offset` on: they are on disk and not sealed yet."""
-    commits = list(segment.commits(number, offset))
-    if not commits:
-        return
-    size = sum(commit.size for commit in commits)
-    report.pending.append(Pending(segment.generation, offset, len(commits), size))
-    late = max(history.late_s(segment, commit) for commit in commits)
-    if late > SILENCE_S:
-        reason = f"it was not sealed for {late:.0f} s" if history.sealed_ns else "it is not sealed"
-        report.incomplete(reason, segment=segment.generation, offset=offset)
 
 
 def _log_key(state: Path, vkey: str | None, report: Report) -> LogKey:

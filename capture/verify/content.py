@@ -12,13 +12,10 @@ import re
 import struct
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
 from capture.verify import leaf as leaves
+from capture.verify.history import session_number
 from capture.verify.tree import Tree, leaf
 
 if TYPE_CHECKING:
@@ -26,14 +23,16 @@ if TYPE_CHECKING:
 
     from capture.verify.history import History
     from capture.verify.log import Log
-    from capture.verify.report import Report
-    from capture.verify.segment import Commit, Segment
+    from capture.verify.opened import Opened, Opener, Runs
+    from capture.verify.packs import AnySegment
+    from capture.verify.segment import Commit
 
 _FRAME = struct.Struct("<QQQQ")
 _LETTERS = "0123456789abcdefghjkmnpqrstvwxyz"
 _WORD = re.compile("[a-z0-9][a-z0-9-]{0,31}")
 _FIRST_RECORD, _OPEN, _OPERATION, _GAP, _CLOSE = 16, 16, 19, 24, 30
 _START, _STOP = 31, 32
+_SEGMENT_LETTERS = 8
 
 Fields = dict[str, Any]
 
@@ -108,66 +107,55 @@ class _Session:
 class Content:
     """The records and sessions of the segments, in the order in which they are given."""
 
-    def __init__(
-        self, key: bytes, history: History, log: Log, report: Report, *, whole: bool
-    ) -> None:
-        """`whole`: every segment is given, so that every session is seen from its begin on."""
-        self._wrapping = AESGCM(key)
-        self._key_id = sha256(b"narrows key id\0" + key).digest()[:8]
-        self._history, self._log, self._report = history, log, report
-        self._given = self._whole = whole
-        self._box: AESGCM | None = None
-        self._segment: Segment
+    def __init__(self, opener: Opener, history: History, log: Log, what: str) -> None:
+        """`what` is "all" when every segment is given, so that every session is seen from its
+        begin on.
+        """
+        self._opener, self._report = opener, opener.report
+        self._history, self._log, self._what = history, log, what
+        self._given = self._whole = what == "all"
+        self._opened: Opened | None = None
+        self._segment: AnySegment
         self._sessions: dict[int, _Session] = {}
+        self._destroyed: set[int] = set()  #: sessions whose key is not there any more
 
-    def begin(self, segment: Segment) -> None:
-        """Open the next segment's data key."""
-        self._segment, self._box = segment, None
-        context, wrapped, commitment = segment.wrapped
-        where = {"segment": segment.generation, "offset": 0}
-        if segment.key_id != self._key_id:
-            self._report.incomplete("it is encrypted under another appliance key", **where)
-            return
-        try:
-            data_key = self._wrapping.decrypt(wrapped[:12], wrapped[12:], context)
-        except InvalidTag:
-            self._report.invalid("its data key does not open", **where)
+    def begin(self, segment: AnySegment) -> None:
+        """Open the next segment."""
+        self._segment = segment
+        self._opened = self._opener.open(segment)
+        if self._opened is None:
             self.lost()
-            return
-        if sha256(b"narrows key commitment\0" + data_key).digest() != commitment:
-            self._report.invalid("its data key breaks its commitment", **where)
-            return
-        self._box = AESGCM(data_key)
-        self._report.opened = True
 
-    def opens(self, commit: Commit, raw: memoryview) -> bytes | None:
-        """Return a commit's plaintext; None when it does not authenticate or cannot be opened."""
-        if self._box is None:
-            return None
-        nonce, ciphertext, associated = self._segment.sealed_box(raw, commit)
-        try:
-            return self._box.decrypt(nonce, ciphertext, associated)
-        except InvalidTag:
-            return None
-
-    def take(self, commit: Commit, raw: memoryview) -> None:
-        """Compare the next sealed commit with its leaves."""
-        if self._box is None:
+    def take(self, commit: Commit, hashed: bytes) -> None:
+        """Compare the next sealed commit, of which the log has the hash `hashed`, with its
+        leaves.
+        """
+        if self._opened is None:
             return
         where = {"segment": self._segment.generation, "offset": commit.offset}
-        plaintext = self.opens(commit, raw)
-        if plaintext is None:
-            self._report.invalid("the commit does not authenticate", **where)
+        runs = self._opened.runs(commit, hashed)
+        if runs is None:
             self.lost()
             return
+        self._without(self._opened.missing)
         place = struct.pack("<II", self._segment.generation, commit.number)
         try:
-            expected = self._frames(plaintext, commit.number, sha256(raw).digest() + place)
-        except (ValueError, KeyError, TypeError, IndexError) as wrong:
+            expected = self._frames(runs, commit.number, hashed + place)
+        except (ValueError, KeyError, TypeError, IndexError, struct.error) as wrong:
             self._report.invalid(f"a record is malformed: {wrong!r}", **where)
             self.lost()
             return
         self._compare(expected, commit)
+
+    def _without(self, missing: set[int]) -> None:
+        """Say once of each session that nothing can be said of its content."""
+        for number in missing - self._destroyed:
+            name = _name(number)
+            if self._what in {"all", name} or len(self._what) == _SEGMENT_LETTERS:
+                self._report.incomplete(
+                    "its data key was destroyed", segment=self._segment.generation, session=name
+                )
+        self._destroyed |= missing
 
     def lost(self) -> None:
         """Some of this incarnation is missing: sessions that it touches cannot be counted."""
@@ -189,29 +177,36 @@ class Content:
         self._sessions.clear()
         self._whole = self._given
 
-    def _frames(self, plaintext: bytes, commit: int, where: bytes) -> list[Fields]:
+    def _frames(self, runs: Runs, commit: int, where: bytes) -> list[Fields]:
         """Count the frames; return what the leaves of the commit's records must say."""
         expected: list[Fields] = []
-        incarnation = self._segment.incarnation
         touched: dict[int, _Session] = {}
-        at = 0
-        while at < len(plaintext):
-            word, number, time_ns, _ = _FRAME.unpack_from(plaintext, at)
-            kind, length = (word >> 24) & 0xFF, word & 0xFFFFFF
-            start, at = at, at + _FRAME.size + (length + 7) // 8 * 8
-            if word >> 32 != incarnation or at > len(plaintext) or not kind:
-                raise ValueError(f"no frame at {start}")
-            if number >> 40 == incarnation:
-                session = self._sessions.setdefault(number, _Session())
-                session.count(kind, length, start, at)
-                touched[number] = session
-            payload = plaintext[start + _FRAME.size : start + _FRAME.size + length]
-            about = {"generation": self._segment.generation, "commit": commit,
-                     "time": _rfc3339(time_ns)}  # fmt: skip
-            self._record(kind, number, payload, about, where, expected)
+        for base, run in runs:
+            self._run(base, run, (commit, where), touched, expected)
         for session in touched.values():
             session.fold(where)
         return expected
+
+    def _run(
+        self, base: int, run: memoryview, place: tuple[int, bytes], touched: dict[int, _Session],
+        expected: list[Fields],
+    ) -> None:  # fmt: skip
+        incarnation = self._segment.incarnation
+        at = 0
+        while at < len(run):
+            word, number, time_ns, _ = _FRAME.unpack_from(run, at)
+            kind, length = (word >> 24) & 0xFF, word & 0xFFFFFF
+            start, at = at, at + _FRAME.size + (length + 7) // 8 * 8
+            if word >> 32 != incarnation or at > len(run) or not kind:
+                raise ValueError(f"no frame at {base + start}")
+            if number >> 40 == incarnation:
+                session = self._sessions.setdefault(number, _Session())
+                session.count(kind, length, base + start, base + at)
+                touched[number] = session
+            payload = bytes(run[start + _FRAME.size : start + _FRAME.size + length])
+            about = {"generation": self._segment.generation, "commit": place[0],
+                     "time": _rfc3339(time_ns)}  # fmt: skip
+            self._record(kind, number, payload, about, place[1], expected)
 
     def _record(
         self, kind: int, number: int, payload: bytes, about: Fields, where: bytes,
@@ -254,6 +249,8 @@ class Content:
         where = {"segment": place[0], "offset": commit.offset}
         ranges = self._history.places.get(place, [])
         indexes = [index for first, count in ranges for index in range(first, first + count)]
+        if self._opened is not None and self._opened.missing:
+            indexes = [index for index in indexes if not self._is_missing(index)]
         at = 0
         for wanted in expected:
             fields = self._leaf(indexes[at]) if at < len(indexes) else {"type": "none"}
@@ -278,6 +275,14 @@ class Content:
                     f"the leaf says {name} {fields.get(name)}, the segment {value}", leaf=index,
                     **{**where, "session": session},
                 )  # fmt: skip
+
+    def _is_missing(self, index: int) -> bool:
+        """Say whether a leaf's record is one that cannot be opened any more."""
+        assert self._opened is not None, "nothing is missing otherwise"
+        fields = self._leaf(index)
+        name = fields.get("session") or ""
+        outside = not name or fields.get("by") == "stop"  # made by a Stop record
+        return (session_number(name) if not outside else 0) in self._opened.missing
 
     def _leaf(self, index: int) -> Fields:
         try:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from capture.verify.leaf import digest, nanoseconds
 
 if TYPE_CHECKING:
+    from capture.verify.packs import AnySegment
     from capture.verify.report import Report
-    from capture.verify.segment import Commit, Segment
+    from capture.verify.segment import Commit
 
 #: How long a seal may be silent without saying that it was started anew.
 SILENCE_S = 60.0
@@ -63,6 +64,19 @@ class Hot:
     tags: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The pack that one `pack` leaf names."""
+
+    leaf: int
+    first: int
+    commits: int
+    digest: bytes
+    parts: int
+    size: int
+    last: bool
+
+
 @dataclass(slots=True)
 class Sealed:
     """All that the log says of one segment."""
@@ -72,6 +86,7 @@ class Sealed:
     header: bytes
     runs: list[Run] = field(default_factory=list)
     hot: list[Hot] = field(default_factory=list)
+    packs: list[Packed] = field(default_factory=list)
 
     @property
     def commits(self) -> int:
@@ -123,6 +138,8 @@ class History:
                 self._segment(index, fields)
             case "hot":
                 self._hot(index, fields)
+            case "pack":
+                self._pack(index, fields)
             case "seal_heartbeat":
                 self._beat(index, fields)
             case "damaged":
@@ -157,7 +174,7 @@ class History:
                 self._report.incomplete("its writer is dead and it was never ended", session=name)
         self._report.sessions["open"] = len(self.open)
 
-    def late_s(self, segment: Segment, commit: Commit) -> float:
+    def late_s(self, segment: AnySegment, commit: Commit) -> float:
         """Return for how long a commit was not sealed although it should have been.
 
         Negative or small for one that the seal could not know, or that a `hot` leaf covers, and for
@@ -190,7 +207,8 @@ class History:
         else:
             last = sealed.runs[-1]
             expected = (last.first + last.commits, last.end)
-            if last.final or fields["header"] or (sealed.incarnation, sealed.stream) != (
+            packed = bool(sealed.packs and sealed.packs[-1].last)
+            if last.final or packed or fields["header"] or (sealed.incarnation, sealed.stream) != (
                 incarnation, fields["stream"],
             ):  # fmt: skip
                 self._invalid("the leaf does not continue its segment", index, fields)
@@ -238,6 +256,24 @@ class History:
             index, fields["first"], fields["commits"], fields["offset"], digest(fields["tags"])
         )
         sealed.hot.append(hot)
+
+    def _pack(self, index: int, fields: dict[str, Any]) -> None:
+        sealed = self.segments.get(fields["generation"])
+        if sealed is None:
+            self._invalid("a pack is named of a segment that was not sealed", index, fields)
+            return
+        made = Packed(
+            index, fields["first"], fields["commits"], digest(fields["digest"]), fields["parts"],
+            fields["size"], fields["last"],
+        )  # fmt: skip
+        before = sealed.packs[-1] if sealed.packs else None
+        expected = before.first + before.commits if before is not None else 0
+        end = made.first + made.commits
+        if made.first != expected or not made.commits or (before is not None and before.last):
+            self._invalid("the packs of a segment do not follow each other", index, fields)
+        elif end > sealed.commits or (made.last and end != sealed.commits):
+            self._invalid("the pack does not hold what was sealed", index, fields)
+        sealed.packs.append(made)
 
     def _beat(self, index: int, fields: dict[str, Any]) -> None:
         last = self._heartbeat

@@ -57,6 +57,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "start": {**_PLACE, "boot": _HEXES, "role": _WORDS},
     "stop": {**_PLACE, "reason": _WORDS},
     "config": {**_PLACE, "sha256": _HEXES},
+    "pack": {
+        "commits": _count, "digest": _digest, "first": _count, "generation": _count,
+        "last": _flag, "parts": _count, "size": _count,
+    },
     "segment": {
         "base": _count, "commits": _count, "end": _count, "final": _flag, "first": _count,
         "generation": _count, "header": _or_empty(_digest), "incarnation": _count,

@@ -27,7 +27,7 @@ class Finding:
     offset: int | None = None  #: in the segment's file
     leaf: int | None = None  #: index in the ledger
     session: str | None = None
-    file: str | None = None  #: path below the ledger's directory
+    file: str | None = None  #: path below the ledger's directory, or name of a pack
 
     def text(self) -> str:
         """Return one line, without a newline."""
@@ -86,6 +86,7 @@ class Report:
     checkpoint: str = ""  #: its root, base64; empty when there is none
     sealed: str = ""  #: time of the last checkpoint, as its heartbeat says
     segments: int = 0  #: checked against the bytes on disk
+    packs: int = 0  #: of the sealed store, checked against the bytes on disk
     commits: int = 0
     size_bytes: int = 0
     sessions: dict[str, int] = field(
@@ -138,6 +139,7 @@ class Report:
             "checkpoint": self.checkpoint,
             "sealed": self.sealed,
             "segments": self.segments,
+            "packs": self.packs,
             "commits": self.commits,
             "bytes": self.size_bytes,
             "sessions": self.sessions,
@@ -157,6 +159,7 @@ class Report:
             f"  log {self.origin or '-'}: {self.leaves} leaves, root {self.checkpoint or '-'}",
             f"  last sealed {self.sealed or 'never'}",
             f"  {self.segments} segments with {self.commits} commits, {self.size_bytes} bytes",
+            f"  {self.packs} packs",
             f"  content {'opened and compared' if self.opened else 'not opened'}",
             "  sessions: " + ", ".join(f"{count} {name}" for name, count in self.sessions.items()),
         ]

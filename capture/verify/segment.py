@@ -55,6 +55,7 @@ class Segment:
     def __init__(self, path: Path) -> None:
         """Open the file and check its header; OSError, or SegmentError."""
         self._memory = memoryview(b"")
+        self._read = (-1, memoryview(b""))
         self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # not wait on a pipe
         try:
             self.block = os.pread(self._fd, BLOCK, 0)
@@ -70,12 +71,7 @@ class Segment:
         end = _HEADER.size + _WRAPPED + 32
         if sha256(block[:end]).digest() != block[end : end + 32]:
             raise SegmentError("the segment header's checksum is wrong")
-        _, version, self.generation, self.incarnation, stream, _, _, self.boot, self.key_id = (
-            _HEADER.unpack_from(block)
-        )
-        if version != 1:
-            raise SegmentError(f"segment version {version} is not known")
-        self.stream = stream.rstrip(b"\0").decode("ascii", "backslashreplace")
+        self.generation, self.incarnation, self.stream, self.key_id = header_fields(block)
 
     def __enter__(self) -> Self:
         return self
@@ -135,10 +131,31 @@ class Segment:
         if commit.size > len(self._memory):
             self._memory = memoryview(bytearray(commit.size))
         count = os.preadv(self._fd, [self._memory[: commit.size]], commit.offset)
+        self._read = commit.offset, self._memory[:count]
         return self._memory[:count]
+
+    def digest(self, commit: Commit) -> bytes:
+        """Return the SHA-256 of a commit's block range."""
+        return sha256(self.recent(commit)).digest()
+
+    def tag(self, commit: Commit) -> bytes:
+        """Return a commit's GCM tag."""
+        return commit.tag(self.recent(commit))
+
+    def recent(self, commit: Commit) -> memoryview:
+        """Return the commit's block range, without reading it again if it was read last."""
+        return self._read[1] if self._read[0] == commit.offset else self.raw(commit)
 
     def sealed_box(self, raw: memoryview, commit: Commit) -> tuple[bytes, memoryview, memoryview]:
         """Return nonce, ciphertext with tag, and associated data of a commit."""
         nonce = struct.pack("<IQ", self.generation, commit.number)
         end = _COMMIT.size + commit.plain + TAG
         return nonce, raw[_COMMIT.size : end], raw[: _COMMIT.size]
+
+
+def header_fields(fixed: bytes) -> tuple[int, int, str, bytes]:
+    """Return generation, incarnation, stream and key id of a segment's header; SegmentError."""
+    _, version, generation, incarnation, stream, _, _, _, key_id = _HEADER.unpack_from(fixed)
+    if version != 1:
+        raise SegmentError(f"segment version {version} is not known")
+    return generation, incarnation, stream.rstrip(b"\0").decode("ascii", "backslashreplace"), key_id

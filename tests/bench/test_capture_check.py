@@ -2,12 +2,13 @@
 
 import pytest
 
-from bench.capture_check import HEADER, CaptureCheck, Sent, pattern
+from bench.capture_check import BULK_BODY_BYTES, HEADER, SMALL, CaptureCheck, Sent, pattern
+from bench.web_client import BULK_PATH, SMALL_PATH, request
 from capture.crypt import Keys
 from capture.frames import Kind
 from capture.records import Operation
 from capture.segment import SegmentWriter
-from capture.settings import SMALL
+from capture.settings import SMALL as SMALL_SETTINGS
 from capture.store import Store
 
 PIECE = 10_000
@@ -27,7 +28,7 @@ class Recording:
     """Sessions of load.c as a gate would have recorded them."""
 
     def __init__(self, store, keys):
-        self.writer = SegmentWriter(store, keys, "gate-0", role="gate", settings=SMALL)
+        self.writer = SegmentWriter(store, keys, "gate-0", role="gate", settings=SMALL_SETTINGS)
 
     def stream(self, session, kind, data):
         for start in range(0, len(data), PIECE):
@@ -38,6 +39,15 @@ class Recording:
         header = HEADER.pack(mode, sent)
         self.stream(session, Kind.UP, header + (recorded if mode == b"u" else b""))
         self.stream(session, Kind.DOWN, recorded if mode == b"d" else b"\0" * 8)
+
+    def web(self, path, answers):
+        session = self.writer.new_session()
+        asked = answers.count(b"HTTP/1.1")
+        self.stream(session, Kind.UP, request(path) * asked)
+        self.stream(session, Kind.DOWN, answers)
+        for number in range(asked):
+            asks = Operation(number + 1, "GET", f"GET {path} HTTP/1.1", 0, 9)
+            self.writer.record(session, asks, 1)
 
     def trips(self, up, down):
         session = self.writer.new_session()
@@ -125,3 +135,36 @@ def test_a_query_without_a_record_is_found(recording, store, keys):
     assert problems(recording, store, keys, Sent(queries=1)) == [
         "queries: 0 are recorded, 1 were made"
     ]
+
+
+def answer(body, date=b"Tue, 24 Nov 2026 10:00:00 GMT"):
+    head = b"HTTP/1.1 200 OK\r\nServer: nginx\r\nDate: %s\r\nContent-Length: %d\r\n\r\n"
+    return head % (date, len(body)) + body
+
+
+def test_true_answers_have_no_problems_whatever_the_time_says(recording, store, keys):
+    recording.web(SMALL_PATH, answer(content(SMALL)) + answer(content(SMALL), date=b"later"))
+    recording.web(BULK_PATH, answer((pattern() * 400)[:BULK_BODY_BYTES]))
+    assert problems(recording, store, keys, Sent(requests=2, pages=1)) == []
+
+
+@pytest.mark.parametrize(
+    ("recorded", "problem"),
+    [
+        (answer(content(SMALL)[::-1]), "differ"),
+        (answer(content(SMALL - 1)), "another"),
+        (answer(content(SMALL)) + b"more", "answers: 1 are recorded, 2 were made"),
+        (answer(content(SMALL))[:-1], "answers: 0 are recorded, 2 were made"),
+    ],
+)
+def test_an_answer_that_is_not_what_the_server_sent_is_found(
+    recording, store, keys, recorded, problem
+):
+    recording.web(SMALL_PATH, recorded)
+    assert any(problem in found for found in problems(recording, store, keys, Sent(requests=2)))
+
+
+def test_requests_without_a_record_are_found(recording, store, keys):
+    recording.web(SMALL_PATH, answer(content(SMALL)))
+    found = problems(recording, store, keys, Sent(requests=2))
+    assert "requests: 1 are recorded, 2 were made" in found

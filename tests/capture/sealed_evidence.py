@@ -4,6 +4,7 @@ Also a program, for processes that are there to be killed:
 
     python sealed_evidence.py write STATE RUN SEED    sessions without end; a line for each closed
     python sealed_evidence.py seal STATE RUN PACE     a seal; a line when it is ready
+    python sealed_evidence.py rewrite STATE RUN PACE  the same, which rewrites what is finished
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from capture.compression import decompress
 from capture.crypt import Keys
 from capture.ledger import Ledger, load_signer
 from capture.records import (
@@ -31,6 +33,7 @@ from capture.records import (
     SessionOpen,
 )
 from capture.seal import Seal
+from capture.sealed import RewriteSettings
 from capture.segment import SegmentWriter
 from capture.settings import WriterSettings
 from capture.store import Store
@@ -39,6 +42,8 @@ from capture.verify import verify
 TINY = WriterSettings(
     chunk_bytes=64 << 10, chunk_count=4, segment_bytes=256 << 10, commit_s=0.002, reserve_bytes=0
 )
+#: Packs of a few commits, at once.
+REWRITE = RewriteSettings(after_s=-1, window_bytes=96 << 10, reserve_bytes=0)
 
 
 class Evidence:
@@ -56,8 +61,8 @@ class Evidence:
             **more,
         )  # fmt: skip
 
-    def seal(self, pace_s=0.05) -> Seal:
-        return Seal(self.store, self.keys, pace_s)
+    def seal(self, pace_s=0.05, rewrite=None) -> Seal:
+        return Seal(self.store, self.keys, pace_s, rewrite)
 
     def sealed(self) -> None:
         """Seal everything that is on disk."""
@@ -68,11 +73,20 @@ class Evidence:
         seal.step()
         seal.close()
 
+    def rewritten(self) -> None:
+        """Seal everything that is on disk, until every segment is in packs and its file gone."""
+        seal = self.seal(0.01, REWRITE)
+        deadline = time.monotonic() + 60
+        while self.store.generations() and time.monotonic() < deadline:
+            seal.step()
+        seal.close()
+        assert not self.store.generations()
+
     def leaves(self) -> list[bytes]:
         return list(Ledger(self.store.ledger, load_signer(self.store)).entries())
 
     def verify(self, what="all", **more):
-        return verify(self.state, what, **more)
+        return verify(self.state, what, **{"decompress": decompress, **more})
 
     def copy(self) -> Evidence:
         """Return a copy of the state directory, which the caller removes with this one."""
@@ -172,8 +186,8 @@ def _write(place: Evidence, seed: str) -> None:
         time.sleep(0.001)
 
 
-def _seal(place: Evidence, pace: str) -> None:
-    seal = place.seal(float(pace))
+def _seal(place: Evidence, pace: str, rewrite: RewriteSettings | None = None) -> None:
+    seal = place.seal(float(pace), rewrite)
     print("ready", flush=True)
     while True:
         if not seal.step():
@@ -182,4 +196,5 @@ def _seal(place: Evidence, pace: str) -> None:
 
 if __name__ == "__main__":
     job, state, run, word = sys.argv[1:]
-    {"write": _write, "seal": _seal}[job](Evidence(Path(state), Path(run)), word)
+    jobs = {"write": _write, "seal": _seal, "rewrite": lambda *all: _seal(*all, REWRITE)}
+    jobs[job](Evidence(Path(state), Path(run)), word)

@@ -1,5 +1,6 @@
 """docs/evidence-format.md describes what is really written."""
 
+import base64
 import dataclasses
 import json
 import re
@@ -9,9 +10,15 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from sealed_evidence import evidence, whole_session
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from sealed_evidence import Evidence, evidence, whole_session
 
-from capture import frames, leaves, records, segfile
+from capture import frames, leaves, pack, records, segfile
+from capture.crypt import Keys
+from capture.segfile import SegmentHeader
+from capture.segments import open_segment
 from capture.verify.leaf import FIELDS
 from ebpf.cgroup_names import CgroupName
 from ebpf.cgroups import Place
@@ -125,3 +132,80 @@ def test_a_commit_lies_as_documented(written):
     )
     assert number("stream position", second) == plain
     assert sum(size for _, size in table.values()) == segfile.COMMIT_BYTES
+
+
+# -- the sealed store: a reader that knows the document only
+
+
+def example(name):
+    """Return {offset: bytes} of a dump in the document as one string, and where it begins."""
+    (block,) = re.findall(rf"^```{name}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    lines = [line.split("  ") for line in block.splitlines()]
+    return int(lines[0][0], 16), bytes.fromhex("".join(text for _, text in lines))
+
+
+def test_the_example_pack_opens_as_documented():
+    _, made_pack = example("pack")
+    _, keys = example("keys")
+    start, segments = example("segments")
+    wrapping = AESGCM(bytes(range(32)))
+    generation, first, commits, parts = (
+        struct.unpack_from("<I", made_pack, at)[0] for at in (76, 16, 20, 24)
+    )
+    salt, table = made_pack[32:64], 192 + commits * 88
+    assert start == generation * 64
+    assert base64.b64encode(sha256(made_pack[: table + parts * 64]).digest()).decode() in PAGE
+    bodies = re.findall(r"^```part\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    plain = {}
+    for line in range(parts):
+        entry = struct.unpack_from("<QQIII4x32s", made_pack, table + line * 64)
+        session, offset, length, size, method, digest = entry
+        part = made_pack[offset : offset + length]
+        assert (sha256(part).digest(), method) == (digest, 0)
+        slot = keys[(session & (1 << 40) - 1) * 64 :][:64]
+        context = b"narrows session key\0" + struct.pack("<IQ", 0x29, session)
+        data_key = wrapping.decrypt(slot[:12], slot[12:60], context)
+        info = b"narrows sealed part\0" + salt + struct.pack("<QII", session, generation, first)
+        made = HKDFExpand(hashes.SHA256(), 64, info).derive(data_key)
+        assert {data_key.hex(), made[:32].hex(), made[32:].hex()} <= set(
+            re.findall("[0-9a-f]{64}", section("Example"))
+        )
+        assert part[:32] == made[32:]
+        plain[session] = AESGCM(made[:32]).decrypt(struct.pack("<IQ", 1, 0), part[32:], None)
+        assert len(plain[session]) == size
+    texts = [b"".join(bytes.fromhex(row[6:]) for row in body.splitlines()) for body in bodies]
+    assert texts == list(plain.values())
+    assert b"hello" in plain[0x29 << 40 | 1]
+    header = made_pack[64:140] + segments[:60] + made_pack[140:172]
+    with_sum = header + sha256(header).digest()
+    assert wrapping.decrypt(segments[:12], segments[12:60], made_pack[64:140])
+    assert SegmentHeader.unpack(with_sum.ljust(4096, b"\0")).stream == "gate-7"
+
+
+def test_the_example_pack_is_read_by_the_reader_too(tmp_path):
+    place = Evidence(tmp_path / "state", tmp_path / "run")
+    (tmp_path / "state" / "appliance.key").write_text(bytes(range(32)).hex() + "\n")
+    place.store.pack(0x2A, 0).write_bytes(example("pack")[1])
+    (place.store.keys / "00000029").write_bytes(example("keys")[1])
+    start, slot = example("segments")
+    (place.store.keys / "segments").write_bytes(bytes(start) + slot)
+    keys = Keys.load(place.state)
+    with open_segment(place.store, 0x2A, keys) as segment:
+        found = [
+            bytes(frame[4])
+            for commit in segment.commits()
+            for frame in frames.walk(segment.plaintext(commit), 0x29)
+        ]
+    assert found == [b"hello", b"01234567", b'{"reason":"stopped"}']
+
+
+@pytest.mark.parametrize(
+    ("heading", "struct_size"),
+    [("Pack header", pack.HEAD.size), ("Commit table", pack.ROW.size),
+     ("Directory", pack.ENTRY.size)],
+)  # fmt: skip
+def test_the_tables_of_a_pack_have_no_holes(heading, struct_size):
+    rows = re.findall(r"^\| (\d+) \| (\d+) \|", section(heading), re.MULTILINE)
+    ends = [int(offset) + int(size) for offset, size in rows]
+    assert [int(offset) for offset, _ in rows] == [0, *ends[:-1]]
+    assert ends[-1] == struct_size

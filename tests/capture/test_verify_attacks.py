@@ -205,8 +205,13 @@ def test_two_segments_that_were_swapped_are_found(any_place):
     assert {finding.segment for finding in invalid(any_place)} >= {first, second}
 
 
-def test_a_state_without_its_whole_ledger_is_incomplete(any_place):
+def test_a_state_without_its_whole_ledger_is_invalid_as_long_as_anything_knows_of_it(any_place):
+    checkpoint = any_place.state / "kept"
+    shutil.copy(any_place.store.ledger / "checkpoint", checkpoint)
     shutil.rmtree(any_place.state / "evidence" / "ledger")
+    assert any_place.verify().exit_code == 1  # the seal's state
+    (any_place.store.evidence / "seal.state").unlink()
+    assert any_place.verify(kept=[checkpoint]).exit_code == 1
     report = any_place.verify()
     assert report.exit_code == 2
     assert {finding.reason for finding in report.findings} == {

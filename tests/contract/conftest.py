@@ -38,6 +38,12 @@ def _postgresql(replay, pieces):
     assert REFERENCE in fields[b"M"]
 
 
+def _tls(replay, pieces):
+    """An alert is all that a client gets, and understands, before the server has said anything."""
+    answered = any(data and side is UPSTREAM for side, data in pieces)
+    assert bytes(replay.own[CLIENT]) == (b"" if answered else b"\x15\x03\x03\x00\x02\x02\x31")
+
+
 def _http1(replay, _pieces):
     """The answer of the gate, if there is one, is the last thing that the client gets, and whole.
 
@@ -58,4 +64,4 @@ def _http1(replay, _pieces):
 @pytest.fixture(scope="session")
 def native():
     """Return how a refusal is checked, by protocol; a protocol without a check fails."""
-    return {"opaque": _opaque, "http1": _http1, "postgresql": _postgresql}
+    return {"opaque": _opaque, "http1": _http1, "postgresql": _postgresql, "tls": _tls}

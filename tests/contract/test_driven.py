@@ -13,7 +13,7 @@ from capture.records import Fact, Hidden, Operation, Result, Withheld
 
 TRANSCRIPTS = all_transcripts()
 NAMES = [f"{transcript.protocol}/{transcript.name}" for transcript in TRANSCRIPTS]
-PORTS = {"opaque": 9, "http1": 80, "postgresql": 5432}
+PORTS = {"opaque": 9, "http1": 80, "postgresql": 5432, "tls": 443}
 
 
 def play(gate, transcript, cut=None):

@@ -33,9 +33,9 @@ from capture.frames import FIRST_RECORD, walk
 from capture.records import TYPES, decode
 from capture.segfile import BLOCK
 from capture.segment import SegmentWriter
+from capture.segments import open_segment
 from capture.settings import SMALL
 from capture.store import Store
-from capture.tail import SegmentReader
 
 SERVER4, SERVER6 = topology.SERVER4, topology.SERVER6
 SEAL = -1
@@ -277,9 +277,9 @@ class Gate:
         """
         if self._keys is None:
             self._keys = Keys.load(self.state)
-        for generation in self.store.generations():
+        for generation in self.store.all_generations():
             number, offset = self._read.get(generation, (0, BLOCK))
-            with SegmentReader(self.store.segment(generation), self._keys) as reader:
+            with open_segment(self.store, generation, self._keys) as reader:
                 for commit in reader.commits(number, offset):
                     try:
                         plaintext = reader.plaintext(commit)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -67,6 +68,8 @@ class Stage(Lab):
 
     def down(self):
         """End what was started here, and take the lab down."""
+        for pid in self.pids("supervisor"):
+            os.kill(pid, signal.SIGCONT)  # a test that failed may have stopped it
         try:
             super().down()
         finally:

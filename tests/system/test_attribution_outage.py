@@ -147,12 +147,27 @@ def test_a_dead_sensor_leaves_nothing_and_sessions_say_so_until_it_is_back(stage
         assert again["owner"]["pid"] == old.pid
 
 
+def sockets(stage, role, port, state):
+    """Return the rows of a host's IPv4 TCP sockets that have a port and a state."""
+    table = stage.on(role, Path("/proc/thread-self/net/tcp").read_text)
+    rows = [line.split() for line in table.splitlines()[1:]]
+    return [row for row in rows if row[3] == state and row[1].endswith(f":{port:04X}")]
+
+
 def retries(stage, port):
     """Return how often the SYN from a port of the client host was sent again; -1 without one."""
-    table = stage.on("client", Path("/proc/thread-self/net/tcp").read_text)
-    rows = [line.split() for line in table.splitlines()[1:]]
-    syn_sent = [row for row in rows if row[3] == "02" and row[1].endswith(f":{port:04X}")]
+    syn_sent = sockets(stage, "client", port, "02")
     return int(syn_sent[0][6], 16) if syn_sent else -1
+
+
+def kill_gates(stage):
+    """Kill the workers, and wait until nobody listens: a process that was killed goes on for a
+    moment.
+    """
+    for pid in stage.pids("gate"):
+        os.kill(pid, signal.SIGKILL)
+    port = stage.config.gate.listen_port
+    wait_for(lambda: not sockets(stage, "gate", port, "0A"), what="the end of the listeners")
 
 
 def test_clients_that_waited_for_a_dead_gate_are_named_when_it_is_back(stage):
@@ -164,8 +179,7 @@ def test_clients_that_waited_for_a_dead_gate_are_named_when_it_is_back(stage):
     )
     with echo(stage), backup, report, deployer:
         os.kill(supervisor, signal.SIGSTOP)  # nobody starts them again meanwhile
-        for pid in stage.pids("gate"):
-            os.kill(pid, signal.SIGKILL)
+        kill_gates(stage)
         deployer.begin(43_001)
         wait_for(lambda: retries(stage, 43_001) >= 1, what="a retry")
         deployer.kill()

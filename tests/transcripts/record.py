@@ -348,6 +348,29 @@ def tls_server(folder, port):
             "-key", folder / "key", "-cert", folder / "cert"]  # fmt: skip
 
 
+def tls_client(*words):
+    """Return a client that sends a line to OpenSSL's echo, and stays until it is ended."""
+
+    def client(port):
+        argv = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-quiet", "-servername",
+                "up.test", "-alpn", "h2,http/1.1", *words]  # fmt: skip
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(argv, input=b"said\n", capture_output=True, check=False, timeout=3)
+
+    return client
+
+
+def tls_echo(*words):
+    """Return a server that sends lines back in reverse."""
+
+    def server(folder, port):
+        certificate(folder)
+        return ["openssl", "s_server", "-rev", "-accept", f"127.0.0.1:{port}", "-alpn", "http/1.1",
+                "-key", folder / "key", "-cert", folder / "cert", *words]  # fmt: skip
+
+    return server
+
+
 def redis_server(folder, port):
     return [
         "redis-server",
@@ -370,11 +393,15 @@ def ssh_server(folder, port):
             "ListenAddress=127.0.0.1"]  # fmt: skip
 
 
-#: protocols that no file knows yet: (client, server)
+#: servers that are no database: (protocol, client, server)
 OTHERS = {
-    "redis": (redis, redis_server),
-    "ssh": (ssh, ssh_server),
-    "tls-direct": (tls_direct, tls_server),
+    "redis": ("opaque", redis, redis_server),
+    "ssh": ("opaque", ssh, ssh_server),
+    "direct": ("tls", tls_direct, tls_server),
+    "1.2": ("tls", tls_client("-tls1_2"), tls_echo()),
+    "1.2-asks": ("tls", tls_client("-tls1_2"), tls_echo("-verify", "1")),
+    "1.3-retry": ("tls", tls_client(), tls_echo("-groups", "P-384")),
+    "refused": ("tls", tls_client("-tls1_2"), tls_echo("-tls1_3")),
 }
 
 
@@ -415,13 +442,13 @@ def record(name, server):
 
 
 def record_other(name):
-    client, server = OTHERS[name]
+    protocol, client, server = OTHERS[name]
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(server(Path(folder), port), stderr=subprocess.DEVNULL,
                                    stdout=subprocess.DEVNULL)  # fmt: skip
         time.sleep(1)
-        watch(name, "opaque", ("127.0.0.1", port), client, remark=name)
+        watch(name, protocol, ("127.0.0.1", port), client, remark=name)
         process.terminate()
         process.wait(10)
 

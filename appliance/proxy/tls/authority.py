@@ -133,22 +133,28 @@ def fingerprint(certificate: x509.Certificate) -> str:
     return certificate.fingerprint(hashes.SHA256()).hex()
 
 
-def names_of(certificate: x509.Certificate) -> tuple[str, ...]:
+def names_of(der: bytes) -> tuple[str, ...]:
     """Return the host names and addresses that a certificate is for; its common name when it lists
-    none.
+    none; none at all when it cannot be read.
     """
     try:
+        certificate = x509.load_der_x509_certificate(der)
+        names = _alternatives(certificate)
+        if not names:
+            common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+            names = [str(each.value) for each in common[:1]]
+    except Exception:  # noqa: BLE001 - a peer's certificate may be anything; the record says what
+        return ()
+    return tuple(name for name in names if name and name.isascii())[:MOST_NAMES]
+
+
+def _alternatives(certificate: x509.Certificate) -> list[str]:
+    try:
         listed = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
-        listed = None
-    names: list[str] = []
-    if listed is not None:
-        names += listed.get_values_for_type(x509.DNSName)
-        names += [str(each) for each in listed.get_values_for_type(x509.IPAddress)]
-    if not names:
-        common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        names = [str(each.value) for each in common[:1] if str(each.value).isascii()]
-    return tuple(names[:MOST_NAMES])
+    except x509.ExtensionNotFound:
+        return []
+    addresses = [str(each) for each in listed.get_values_for_type(x509.IPAddress)]
+    return [*listed.get_values_for_type(x509.DNSName), *addresses]
 
 
 def read_private(path: Path) -> bytes:

@@ -19,8 +19,6 @@ from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from cryptography import x509
-
 from appliance.proxy.tls.authority import names_of
 from appliance.proxy.tls.stream import TlsStream
 from appliance.proxy.tls.terminator import UpstreamObject
@@ -132,7 +130,7 @@ class Handshake:
         # A private authority is trusted for any name where the client gave none; the machine's
         # authorities would sign anybody's name, so then the address must be in the certificate.
         named = bool(hello.sni) or session.route.tls_verify == "system"
-        alpn = tuple(each for each in self._told.alpn_offered if each.isascii())
+        alpn = tuple(each.decode("ascii") for each in hello.alpn if each.isascii())
         context = session.worker.tls.upstream(session.route, alpn, named=named)
         name = hello.sni or (session.target[0] if named else None)
         self._far, tls = self._stream(session.down.source, context, name)
@@ -180,7 +178,7 @@ class Handshake:
             certificate_asked=tls.certificate_asked,
         )  # fmt: skip
         tls.context = self.session.worker.tls.quiet
-        names = names_of(x509.load_der_x509_certificate(chain[0])) if chain else ()
+        names = names_of(chain[0]) if chain else ()
         try:
             self._answer(self._told.alpn, names)
         except (OSError, ValueError) as wrong:
@@ -190,7 +188,8 @@ class Handshake:
         session = self.session
         if self._told.sni:
             names = (self._told.sni,)
-        leaf = session.worker.tls.presented(session.route, names or (session.target[0],))
+        names = names or (session.target[0],)
+        leaf = session.worker.tls.presented(session.route, names, session.worker.now())
         context = session.worker.tls.client(leaf, alpn)
         self._near, _ = self._stream(session.up.source, context, None, server=True)
         self._near.feed(self.first)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
 
-from appliance.proxy.tls.authority import Authority, Leaf, fingerprint, read_private
+from appliance.proxy.tls.authority import LEAF_DAYS, Authority, Leaf, fingerprint, read_private
 from appliance.proxy.tls.stream import SCRATCH_BYTES
 from appliance.wire import tlsrecords
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from appliance.config import Config, Route
 
 MOST_CONTEXTS = 256
+_RENEWED_NS = LEAF_DAYS // 3 * 86_400 * 10**9
 _SYSTEM_CERTIFICATES = Path("/etc/ssl/certs")
 
 
@@ -73,16 +74,18 @@ class Terminator:
         """
         return self._far(route.tls_verify, route.tls_ca, alpn, named)
 
-    def presented(self, route: Route, names: tuple[str, ...]) -> Leaf:
-        """Return the certificate that a client of `route` is shown."""
+    def presented(self, route: Route, names: tuple[str, ...], now: int) -> Leaf:
+        """Return the certificate that a client of `route` is shown; one that the authority signs is
+        made anew long before it expires. `now` is nanoseconds since 1970.
+        """
         own = self._own.get(route.name)
-        return own if own is not None else self._leaf(names)
+        return own if own is not None else self._leaf(names, now // _RENEWED_NS)
 
     def client(self, leaf: Leaf, alpn: str) -> ssl.SSLContext:
         """Return a context for the client's side."""
         return self._near(leaf, alpn)
 
-    def _make_leaf(self, names: tuple[str, ...]) -> Leaf:
+    def _make_leaf(self, names: tuple[str, ...], _period: int) -> Leaf:
         assert self.authority is not None
         return self.authority.leaf(names)
 

@@ -2,7 +2,6 @@ import asyncio
 import ipaddress
 
 import pytest
-import uvloop
 from speaking_sensor import SpeakingSensor
 
 from appliance.attribution import Attributor, Register, ReplayCache, SensorLink
@@ -22,7 +21,7 @@ class Bench:
 
     def __init__(self, tmp_path, accounts=ACCOUNTS, covers=(), wait_s=0.05, *, sensor=True):
         self.path = tmp_path / "sensor.sock"
-        self.loop = uvloop.new_event_loop()
+        self.loop = asyncio.new_event_loop()
         self.sensor = SpeakingSensor(self.path) if sensor else None
         self.table = OwnerTable()
         self.replays = ReplayCache(tmp_path / "replay", 1000)

@@ -101,6 +101,8 @@ def test_evidence_that_was_changed_is_exit_code_1(narrows, sealed):
 def test_evidence_that_was_never_signed_is_exit_code_2(narrows, sealed):
     for path in sorted(narrows.evidence.store.ledger.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
+    assert narrows("evidence", "verify").code == 1  # the seal's state knows of a log
+    (narrows.evidence.store.evidence / "seal.state").unlink()
     assert narrows("evidence", "verify").code == 2
 
 
@@ -220,3 +222,26 @@ def test_reads_of_the_evidence_command_are_recorded_and_refused_too(narrows, sea
     for verb in ("verify", "reindex", "log"):
         answer = narrows("evidence", verb)
         assert (answer.code, answer.out) == (4, "")
+
+
+# -- seal
+
+
+def test_seal_rewrites_what_is_finished_and_all_reads_as_before(narrows, sealed):
+    before = narrows("sessions", "list", "--json").out
+    assert narrows("evidence", "seal").code == 0
+    assert narrows.evidence.store.sealed_generations()
+    assert not set(narrows.evidence.store.sealed_generations()) & set(
+        narrows.evidence.store.generations()
+    )
+    assert narrows("evidence", "reindex").code == 0
+    assert narrows("sessions", "list", "--json").out == before
+    assert narrows("evidence", "verify").code == 0
+
+
+def test_seal_leaves_the_work_to_the_seal_that_runs(narrows):
+    seal = Seal(narrows.evidence.store, narrows.evidence.keys)
+    answer = narrows("evidence", "seal")
+    seal.close()
+    assert answer.code == 0
+    assert "runs" in answer.err

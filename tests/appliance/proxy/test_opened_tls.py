@@ -14,7 +14,7 @@ import time
 
 import pytest
 from driven import half_stream, records
-from tls_ends import NAME, End, client_context, serving
+from tls_ends import NAME, End, client_context, server_context, serving
 
 from appliance import config
 from appliance.proxy.tls import Terminator
@@ -351,6 +351,8 @@ def plain_server(heard):
         b"\x16\x03\x01\x00\x04\x02\x00\x00\x00",
         b"\x16\x03\x01\x00\x02\x01\x00\x15\x03\x01\x00\x02\x02\x28",
         b"\x16\x03\x01\x40\x00\x01\x00\x7f\xf0" + bytes(20_000),
+        b"\x80\x2f\x01\x03\x03\x00\x06\x00\x00\x00\x20" + bytes(38),  # the form of SSL 2
+        b"\x16\x09\x01\x00\x06\x01\x00\x00\x02\x03\x03",
     ],
 )
 def test_what_looks_like_tls_and_is_none_is_not_relayed(connect, make_gate, garbage):
@@ -433,26 +435,104 @@ def test_a_client_hello_in_single_bytes_is_understood(connect, certificates, mak
     assert gate.serve(client) == b"hello"
 
 
-def test_what_passes_through_is_relayed_as_it_is_and_its_hello_recorded(
-    connect, certificates, make_gate
+@each_version
+def test_what_passes_through_is_relayed_as_it_is_and_its_handshake_recorded(
+    connect, certificates, make_gate, version
 ):
     gate = make_gate(tls="passthrough", tls_verify="system")
-    address, _ = serving(certificates.server(), echo, alpn=["http/1.1"])
+    address, _ = serving(certificates.server(), echo, alpn=["http/1.1"], version=version)
     port = gate.listen(address)
 
     def client():
         end = End(connect(port), client_context(certificates.ca, alpn=["http/1.1"]))
+        end.send(LONG)
+        end.say_end()
+        return end.read_all()
+
+    assert gate.serve(client) == LONG
+    ((named, up, down),) = sessions(gate)
+    hello, answered = named["Tls"]
+    assert (hello["stage"], hello["mode"], hello["sni"]) == ("hello", "passthrough", NAME)
+    assert (answered["stage"], answered["mode"], answered["sni"]) == (
+        "answered",
+        "passthrough",
+        NAME,
+    )
+    assert hello["alpn_offered"] == ["http/1.1"]
+    assert answered["upstream_version"] == version.name.replace("_", ".")
+    assert [each["names"] for each in answered["chain"]] == (
+        [[NAME]] if version is ssl.TLSVersion.TLSv1_2 else []
+    )
+    assert named["Detected"][0]["protocol"] == "tls"
+    assert named["SessionClose"][0]["bytes_up"] == len(up) > len(LONG)
+    assert up[:2] == down[:2] == b"\x16\x03"
+    assert LONG[:40] not in up + down
+
+
+def test_tls_inside_tls_passes_and_its_hello_is_recorded(connect, certificates, make_gate):
+    gate = make_gate()
+    files = certificates.server()
+    context = ssl.create_default_context(cafile=str(certificates.ca))
+
+    def serve(end):
+        inner = End(Through(end), server_context(files), server=True)
+        inner.send(inner.recv())
+
+    address, _ = serving(files, serve)
+    port = gate.listen(address)
+
+    def client():
+        inner = End(Through(End(connect(port), client_context(gate.ca))), context)
+        inner.send(b"hello")
+        return inner.recv()
+
+    assert gate.serve(client) == b"hello"
+    ((named, *_),) = sessions(gate)
+    assert [(each["mode"], each["stage"]) for each in named["Tls"]] == [
+        ("intercept", "hello"), ("intercept", "established"),
+        ("passthrough", "hello"), ("passthrough", "answered"),
+    ]  # fmt: skip
+
+
+class Through:
+    """A TLS end as the socket of another one."""
+
+    def __init__(self, end):
+        self.settimeout = end.sock.settimeout
+        self.recv, self.sendall = end.recv, end.send
+
+
+def odd_versions(hello):
+    """Return a ClientHello in a record of a version that is none, which servers ignore."""
+    return b"\x16\x03\x7f" + hello[3:]
+
+
+def test_a_hello_in_a_record_of_an_odd_version_does_not_pass_unopened(
+    connect, certificates, make_gate
+):
+    gate = make_gate()
+    address, _ = serving(certificates.server(), echo)
+    port = gate.listen(address)
+
+    def client():
+        sock = connect(port)
+
+        class Odd:
+            settimeout, recv = sock.settimeout, sock.recv
+            sent = False
+
+            def sendall(self, data):
+                sock.sendall(data if self.sent else odd_versions(data))
+                self.sent = True
+
+        end = End(Odd(), client_context(gate.ca))
         end.send(b"hello")
         end.say_end()
         return end.read_all()
 
     assert gate.serve(client) == b"hello"
-    ((named, up, _),) = sessions(gate)
-    (told,) = named["Tls"]
-    assert (told["stage"], told["mode"], told["sni"]) == ("hello", "passthrough", NAME)
-    assert told["alpn_offered"] == ["http/1.1"]
-    assert named["Detected"][0]["reason"] == "tls"
-    assert up.startswith(b"\x16\x03")
+    ((_, up, _),) = sessions(gate)
+    assert up == b"hello"
 
 
 # -- ends

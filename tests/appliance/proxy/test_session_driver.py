@@ -567,10 +567,10 @@ def test_records_that_find_no_memory_become_a_gap(gate):
     def full(*_arguments, **_options):
         raise EvidenceError("no memory left")
 
-    record, gate.worker.writer.record = gate.worker.writer.record, full
+    append, gate.worker.writer.append = gate.worker.writer.append, full
     for _ in range(3):
         talk.session.record(Fact("lost", {}))
-    gate.worker.writer.record = record
+    gate.worker.writer.append = append
     gate.worker._evidence_moved()
     frames, _ = finished(gate, talk)
     (gap,) = [r for r in records(frames, 0) if r["record"] == "Gap"]

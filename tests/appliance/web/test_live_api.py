@@ -8,6 +8,7 @@ from gatekeeper import Gatekeeper
 
 from appliance.web.openapi import BASE
 from appliance.web.running import MOST_LISTENERS
+from capture.access import person_of
 from capture.frames import session_name
 from capture.records import Alarm, Gap, Heartbeat, Refused
 
@@ -146,7 +147,8 @@ def test_a_responder_ends_a_session_and_both_sides_of_it_are_in_the_evidence(api
     while not (found := api.ok("/events", kind="decision")["items"]):
         assert time.monotonic() < until
     assert found[0]["fields"]["reason"] == "it reads card\nnumbers"
-    assert found[0]["fields"]["actor"] == f"token:{token.id}(the-responder) peer:127.0.0.1"
+    whom = f"token:{token.id}(the-responder) peer:127.0.0.1"
+    assert found[0]["fields"]["actor"] == f"{whom} via {person_of(0, '/proc/self/loginuid')}"
     assert found[0]["session"] == name
     again = api.post(f"/sessions/{name}/kill", {"reason": "x"}, "responder")
     assert (again.status, again.problem()) == (409, "not-running")

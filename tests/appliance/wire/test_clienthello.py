@@ -67,12 +67,64 @@ def test_it_is_read_over_many_records_and_not_before_it_is_whole():
 
 @pytest.mark.parametrize(
     "prefix",
-    [b"GET / HTTP/1.1\r\n", b"\x16\x02\x01\x00\x05", b"\0\0\0\x08\x04\xd2\x16\x2f", b"SSH-2.0"],
+    [b"GET / HTTP/1.1\r\n", b"\x16\x02\x01\x00\x05\x02", b"\0\0\0\x08\x04\xd2\x16\x2f", b"SSH-2.0"],
 )
 def test_what_is_no_tls_is_told_apart_at_once(prefix):
     assert not may_begin(prefix)
     with pytest.raises(NotTls):
         parse(prefix)
+
+
+def cut(hello, first):
+    """Return a hello of which the first record has `first` bytes, the second all others."""
+    body = hello[5:]
+    pieces = body[:first], body[first:]
+    return b"".join(hello[:3] + len(piece).to_bytes(2, "big") + piece for piece in pieces)
+
+
+@pytest.mark.parametrize("version", [b"\x03\x7f", b"\x03\xff", b"\x05\x00", b"\x0f\x0f"])
+@pytest.mark.parametrize("first", [1, 2, 4, 5, 100])
+def test_the_version_of_a_record_is_ignored_as_servers_ignore_it(version, first):
+    whole = offered()
+    odd = b"\x16" + version + whole[3:]
+    for hello in (odd, cut(odd, first)):
+        assert all(may_begin(hello[:length]) for length in range(len(hello)))
+        assert parse(hello) == parse(whole)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        b"\x16\x05\0\0\x50\x02",  # not a ClientHello
+        b"\x16\0\0\0\x03SELECT",  # 22 bytes, as a little-endian length
+        b"\x16\0\0\0\0\x01",
+        b"\x16\x05\0\xff\xff",
+        b"\x16\x05\0\x01\0\x01\0\0\xfc\x02",
+        b"\x16\x05\0\0\x01\x01\x17",
+    ],
+)
+def test_what_only_begins_with_that_number_is_told_apart(other):
+    assert not may_begin(other)
+
+
+def old_form(ciphers=6, challenge=32):
+    """Return a ClientHello in the form of SSL 2, which asks for TLS 1.2."""
+    head = b"\x01\x03\x03" + b"".join(
+        n.to_bytes(2, "big") for n in (ciphers, 0, challenge)
+    )  # fmt: skip
+    rest = bytes(ciphers) + bytes(challenge)
+    return (0x8000 | len(head) + len(rest)).to_bytes(2, "big") + head + rest
+
+
+def test_the_form_of_ssl_2_is_known_and_refused():
+    hello = old_form()
+    for length in range(len(hello)):
+        assert may_begin(hello[:length])
+    with pytest.raises(NotTls, match="SSL 2"):
+        parse(hello)
+    assert parse(hello[:10]) is None
+    for other in (old_form(7), old_form(0), old_form(6, 8), hello[:2] + b"\x02" + hello[3:]):
+        assert not may_begin(other)
 
 
 def test_names_that_are_none_are_not_taken():
