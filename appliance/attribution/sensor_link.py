@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import orjson
 
+from appliance.wire.argvsecrets import blanked
+from appliance.wire.httpsecrets import Secrets
 from ebpf import events
 from ebpf.events import Message
 
@@ -93,6 +95,7 @@ class SensorLink:
         self._configured = tuple(covers)
         self._sock: socket.socket | None = None
         self._messages = events.Messages()
+        self._secrets = Secrets()
         self._timer: Any = None
         self._host: tuple[Any, Any] | None = None
         self._away_since = time.monotonic()
@@ -159,6 +162,7 @@ class SensorLink:
             return
         self._sock = sock
         self._messages = events.Messages()
+        self._secrets = Secrets()
         self._loop.add_reader(sock.fileno(), self._readable)
 
     def _connected_socket(self) -> socket.socket:
@@ -222,6 +226,7 @@ class SensorLink:
             self._news.connects.add(self._table.add_connect(body, now))
         elif kind is Message.OWNER:
             owner = orjson.loads(body)
+            owner["argv"] = blanked(owner["argv"], self._secrets)
             handle = int(owner["handle"], 16)
             self._table.add_owner(handle, owner, now)
             self._news.handles.add(handle)

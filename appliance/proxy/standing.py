@@ -57,7 +57,8 @@ class Standing:
         """Return a Detected; there are few protocols and few reasons."""
         payload = self._detected.get((protocol, reason))
         if payload is None:
-            payload = self._detected[protocol, reason] = encode(Detected(protocol, reason))
+            secrets = "unparsed" if protocol == "opaque" else ""
+            payload = self._detected[protocol, reason] = encode(Detected(protocol, reason, secrets))
         return payload
 
 

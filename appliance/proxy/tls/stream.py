@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import socket
 
+#: Plaintext of one send. It is encrypted, and ciphertext is decrypted, in pieces:
+#: a memory BIO never gives back what it once grew to, and an idle session would keep all of it.
 SEND_BYTES = 64 * 1024
+PIECE_BYTES = 32 * 1024
+#: A peer that makes TLS answer it (key updates, refused renegotiations) and takes no answer is
+#: given up above this.
+MOST_UNSENT_BYTES = 2 * SEND_BYTES
+_MOST_PIECES = 64  #: of one system call; the kernel's limit is 1,024
 SCRATCH_BYTES = 256 * 1024
 #: Least ciphertext to take from the socket: one record, or it could never be decrypted.
 LEAST_BYTES = 17 * 1024
@@ -30,8 +37,8 @@ class TlsStream:
     """One leg. `other` is the session's other leg when that is TLS, too."""
 
     __slots__ = (
-        "_behind", "_ciphertext", "_cut", "_dry", "_early", "_ended", "_failed", "_incoming",
-        "_more", "_outgoing", "_owed", "_raw", "_said_end", "_scratch", "_tls", "_told_end",
+        "_behind", "_cut", "_dry", "_early", "_ended", "_failed", "_incoming", "_more",
+        "_outgoing", "_owed", "_raw", "_said_end", "_scratch", "_tls", "_told_end", "_waiting",
         "other", "truncated",
     )  # fmt: skip
 
@@ -46,22 +53,21 @@ class TlsStream:
         self._outgoing = outgoing
         self._scratch = scratch
         self._early = bytearray()  #: decrypted before it was asked for
-        self._ciphertext = memoryview(b"")  #: what the socket has not taken
+        self._waiting: list[bytes | memoryview] = []  #: ciphertext that the socket has not taken
         self._owed = 0  #: plaintext whose ciphertext is not sent to its end
         #: the socket may have more; an end or a mark is behind the bytes that it has
         self._more, self._behind = True, False
         self._cut = False  #: the socket gave its end
         self._dry = False  #: what is there of the next record is not all of it
         self._ended = self._said_end = self._told_end = False
-        self._failed: ssl.SSLError | None = None
+        self._failed = ""  #: what broke it, in OpenSSL's words
         self.truncated = False  #: the peer ended without saying so in TLS
         self.other: TlsStream | None = None
 
     @property
     def failure(self) -> str:
         """Return what broke the stream, in OpenSSL's words; "" when nothing did."""
-        wrong = self._failed
-        return "" if wrong is None else str(wrong.reason or wrong).lower().replace("_", " ")
+        return self._failed.lower().replace("_", " ")
 
     @property
     def raw(self) -> socket.SocketType:
@@ -103,7 +109,7 @@ class TlsStream:
     @property
     def unsent(self) -> bool:
         """Say whether the socket has yet to take some ciphertext."""
-        return bool(self._ciphertext or self._outgoing.pending)
+        return bool(self._waiting or self._outgoing.pending)
 
     def version(self) -> str:
         """Return the protocol's version, such as "TLSv1.3"."""
@@ -140,12 +146,15 @@ class TlsStream:
         area = memoryview(bytearray(LEAST_BYTES))
         length = self._decrypt(area)
         self._early += area[:length]
-        return bool(self._early) or self._ended or self._failed is not None
+        return bool(self._early or self._ended or self._failed)
 
     def recv(self, size: int) -> bytes:
         """Return up to `size` decrypted bytes, empty at the end."""
-        area = bytearray(size)
-        return bytes(area[: self.recv_into(memoryview(area))])
+        # The end of the shared area: what `_take` has of this call's ciphertext is no longer than
+        # `size`, or than a record, and stands at its beginning.
+        size = min(size, len(self._scratch) // 2)
+        area = self._scratch[-size:]
+        return bytes(area[: self.recv_into(area)])
 
     def recv_into(self, area: memoryview) -> int:
         """Fill `area` with decrypted bytes; return how many, 0 at the end."""
@@ -155,20 +164,37 @@ class TlsStream:
             del self._early[:length]
             return length
         length = 0 if self._dry else self._decrypt(area)
-        if not length and not self._ended and self._failed is None:
-            self._fetch(max(len(area), LEAST_BYTES))
-            length = self._decrypt(area)
+        if not length and not self._ended and not self._failed:
+            length = self._receive(area)
         if length:
             return length
-        if self._failed is not None:
-            raise OSError(errno.EPROTO, str(self._failed.reason or self._failed))
+        if self._failed:
+            raise OSError(errno.EPROTO, self._failed)
         if self._ended:
             self._told_end = True
             return 0
         raise BlockingIOError
 
+    def _receive(self, area: memoryview) -> int:
+        """Take ciphertext from the socket, and decrypt it. Raises OSError as recv does."""
+        came = self._take(max(len(area), LEAST_BYTES))
+        if not came:
+            return self._decrypt(area)
+        done = 0
+        for at in range(0, len(came), PIECE_BYTES):
+            self._incoming.write(came[at : at + PIECE_BYTES])
+            self._dry = False
+            done += self._decrypt(area[done:])
+        return done
+
     def _fetch(self, most: int) -> None:
-        """Take ciphertext from the socket. Raises OSError as recv does."""
+        """Take ciphertext from the socket, to be decrypted later. Raises OSError as recv does."""
+        came = self._take(most)
+        if came:
+            self._incoming.write(came)
+
+    def _take(self, most: int) -> memoryview:
+        """Return ciphertext from the socket, valid until the next call of any stream."""
         room = min(max(most - self._incoming.pending, LEAST_BYTES), len(self._scratch))
         try:
             length = self._raw.recv_into(self._scratch[:room])
@@ -176,12 +202,12 @@ class TlsStream:
             self._more = self._behind = False
             raise
         if length:
-            self._incoming.write(self._scratch[:length])
             self._more = self._behind or length == room
         else:
             self._incoming.write_eof()
             self._cut, self._more = True, False
         self._dry = False
+        return self._scratch[:length]
 
     def _decrypt(self, area: memoryview) -> int:
         done, room = 0, len(area)
@@ -196,14 +222,19 @@ class TlsStream:
                 self._end()
                 break
             except ssl.SSLError as wrong:
-                self._failed = wrong
+                self._failed = str(wrong.reason or wrong)
                 break
             if not length:  # how Python tells an end of either kind, mostly
                 self._end()
                 break
             done += length
+            if not (self._incoming.pending or self._tls.pending() or self._cut):
+                self._dry = True  # said here, for an exception costs more than the record did
+                break
         if self._outgoing.pending:  # an alert, or the answer to a key update
             self._push_quietly()
+            if sum(map(len, self._waiting)) > MOST_UNSENT_BYTES:
+                self._failed = "it takes no answers to what it asks of TLS"
         return done
 
     def _end(self) -> None:
@@ -227,10 +258,7 @@ class TlsStream:
         if self._owed:
             return done
         while done < total:
-            try:
-                length = self._tls.write(data[done : done + SEND_BYTES])
-            except ssl.SSLError as wrong:
-                raise OSError(errno.EPIPE, str(wrong.reason or wrong)) from wrong
+            length = self._encrypt(data[done : done + SEND_BYTES])
             if not self._push():
                 self._owed = length
                 break
@@ -239,22 +267,35 @@ class TlsStream:
             raise BlockingIOError
         return done
 
+    def _encrypt(self, data: memoryview | bytes) -> int:
+        """Encrypt all of `data`, after which there is ciphertext to push."""
+        try:
+            for at in range(0, len(data), PIECE_BYTES):
+                self._tls.write(data[at : at + PIECE_BYTES])
+                self._waiting.append(self._outgoing.read())
+        except ssl.SSLError as wrong:
+            raise OSError(errno.EPIPE, str(wrong.reason or wrong)) from wrong
+        return len(data)
+
     def forget(self) -> None:
         """What was claimed to be sent again will not come again."""
         self._owed = 0
 
     def _push(self) -> bool:
         """Send ciphertext; return whether all is gone. Raises OSError as send does."""
-        while True:
-            if not self._ciphertext:
-                if not self._outgoing.pending:
-                    return True
-                self._ciphertext = memoryview(self._outgoing.read())
+        waiting = self._waiting
+        if self._outgoing.pending:
+            waiting.append(self._outgoing.read())
+        while waiting:
             try:
-                sent = self._raw.send(self._ciphertext)
+                sent = self._raw.sendmsg(waiting[:_MOST_PIECES])
             except BlockingIOError:
                 return False
-            self._ciphertext = self._ciphertext[sent:]
+            while waiting and sent >= len(waiting[0]):
+                sent -= len(waiting.pop(0))
+            if sent:
+                waiting[0] = memoryview(waiting[0])[sent:]
+        return True
 
     def _push_quietly(self) -> None:
         with contextlib.suppress(OSError):  # who receives next is told

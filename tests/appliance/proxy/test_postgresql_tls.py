@@ -120,6 +120,20 @@ def test_with_the_servers_own_certificate_everything_works_and_scram_is_bound(se
     assert "SCRAM-SHA-256-PLUS" in mechanisms
 
 
+def test_a_certificate_that_is_no_longer_the_servers_fails_at_the_binding_and_shows(
+    server, certificates, make_gate
+):
+    certificate, key = certificates.server(NAME)  # good, but the server was given another
+    gate = make_gate(tls_certificate=str(certificate), tls_key=str(key))
+    port = gate.listen((server.host, server.port))
+    for client in (libpq15, libpq18):
+        got = gate.serve(client, port, certificates.ca, "verify-full", "prefer", "scram")
+        assert "channel binding check failed" in got
+    for found, _ in told(gate):
+        (up,) = [e for e in found if e["record"] == "Tls" and e["stage"] == "established"]
+        assert up["presented"] != up["chain"][0]["sha256"]
+
+
 def test_with_a_plain_upstream_tls_ends_at_the_gate(server, make_gate):
     gate = make_gate(tls_upstream="plain", tls_verify="off")
     for mode, binding, got in all_modes(gate, server, gate.ca):
