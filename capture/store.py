@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import stat
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from capture.errors import EvidenceError
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _IN_MEMORY = frozenset({"tmpfs", "ramfs"})
+#: A directory that changed shortly before it was listed may change again under the same time.
+SETTLED_NS = 1_000_000_000
 #: First generation of writers that number no sessions.
 READERS = 1 << 24
 _COUNT = re.compile("[0-9a-f]{8}")
@@ -53,6 +56,7 @@ class Store:
         self.keys = self.evidence / "keys"  #: data keys of the sealed store
         self.ledger = self.evidence / "ledger"
         self.index = self.evidence / "index.sqlite"
+        self._packs: tuple[int, list[int]] = (-1, [])  #: when they had changed, and what was listed
         self.hot = run / "hot"  #: one directory of chunks per living incarnation
 
     def prepare(self) -> None:
@@ -107,8 +111,18 @@ class Store:
         return _numbers(self.segments, "seg")
 
     def sealed_generations(self) -> list[int]:
-        """Return the generations of the segments that have a pack, oldest first."""
-        return _numbers(self.sealed, "00000000.pack")
+        """Return the generations of the segments that have a pack, oldest first.
+
+        They are many: a directory that did not change since it was listed is not listed again.
+        """
+        changed_ns = 0
+        with contextlib.suppress(OSError):
+            changed_ns = self.sealed.stat().st_mtime_ns
+        if changed_ns != self._packs[0]:
+            found = _numbers(self.sealed, "00000000.pack")
+            settled = abs(time.time_ns() - changed_ns) > SETTLED_NS
+            self._packs = changed_ns if settled else -1, found
+        return list(self._packs[1])
 
     def all_generations(self) -> list[int]:
         """Return the generations of all segments, whether their files are there or only packs."""
