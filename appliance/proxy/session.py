@@ -147,8 +147,8 @@ class Session:
             )
             if wanted is not direction.reading:
                 direction.reading = wanted
-                if wanted and (direction.pending or not direction.watched):
-                    direction.watch()
+                if wanted and (direction.pending or direction.stream or not direction.watched):
+                    direction.watch()  # what a TLS source holds is told by no event
 
     def readable(self, direction: Direction) -> None:
         """The loop says that `direction` has bytes."""
