@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 MOST_LETTERS = 4_000  #: of one comment
 #: Ports on which a dissector looks for a protocol by itself, as far as we decode it.
-_USUAL = {"postgresql": ("5432", "pgsql"), "http1": ("80", "http")}
+_USUAL = {"postgresql": ("5432", "pgsql"), "http1": ("80", "http"), "tls": ("443", "tls")}
 
 
 def shown(text: str) -> str:
