@@ -185,7 +185,7 @@ class Chain:
                 self._kept = os.dup(self._folder)
 
     def _new_file(self, capacity: int) -> SegmentFile:
-        generation = self._store.next_generation()
+        generation = self._store.next_generation(self._incarnation)
         header = SegmentHeader(
             generation, self._incarnation, self._stream, time.time_ns(), capacity, self._boot,
             self._keys.key_id,

@@ -26,6 +26,7 @@ class WriterSettings:
     #: held back for readers, who must write what they read; every writer shares this one
     spare_bytes: int = 8 << 20
     spare: bool = False  #: this writer may take from it when the disk is full
+    sessions: bool = True  #: this writer numbers sessions; one that does not uses up no numbers
 
     def __post_init__(self) -> None:
         if self.chunk_count < 2:
@@ -48,4 +49,5 @@ SMALL = WriterSettings(
     reserve_bytes=0,
     ahead=False,
     spare=True,
+    sessions=False,
 )

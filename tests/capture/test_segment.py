@@ -18,7 +18,9 @@ from written_evidence import TINY, Frame, Place, place
 from capture.errors import EvidenceError
 from capture.records import KINDS, Gap, Start, Stop
 from capture.segfile import SegmentFile, SegmentHeader, boot_id, nonce
+from capture.segment import SegmentWriter
 from capture.settings import COMMIT_BYTES_SOFT, SMALL, WriterSettings
+from capture.store import READERS
 from capture.tail import SegmentReader
 
 
@@ -377,3 +379,23 @@ def test_a_final_commit_ends_its_file_even_when_its_writer_is_killed_right_after
         *_, last = reader.commits()
     assert last.final
     assert segment.path.stat().st_size == last.offset + last.total_bytes
+
+
+def test_a_writer_that_numbers_no_sessions_uses_up_none_of_their_numbers(where):
+    where.writer().close()
+    before = (where.store.evidence / "generation").read_bytes()
+    first = SegmentWriter(where.store, where.keys, "cli", role="cli", settings=SMALL)
+    first.close()
+    second = SegmentWriter(where.store, where.keys, "cli", role="cli", settings=SMALL)
+    second.close()
+    assert (where.store.evidence / "generation").read_bytes() == before
+    assert READERS < first.incarnation < second.incarnation
+    (where.store.evidence / "generation.readers").unlink()
+    assert where.store.next_generation(READERS) > max(where.store.generations())
+    assert where.store.next_generation() < READERS
+
+
+def test_how_many_numbers_are_used_is_told(where):
+    assert where.store.used() == 0
+    (where.store.evidence / "generation").write_text(f"{READERS * 9 // 10:08x}\n")
+    assert 0.89 < where.store.used() < 0.91
