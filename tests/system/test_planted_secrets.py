@@ -23,7 +23,9 @@ from planting import Place, files, index_words, leaks, needles, plaintexts, secr
 from staging import Stage, own_place, wait_for
 
 sys.path.append(str(Path(__file__).parents[1] / "contract"))
+sys.path.append(str(Path(__file__).parents[1] / "capture"))
 
+from dissected import dissect, said
 from pgserver import PASSWORD, PgServer
 
 from appliance.lab.topology import SERVER4
@@ -312,6 +314,29 @@ def test_no_secret_is_printed_by_the_command_line(stage, told):
     found = list(commands(stage, some(stage.sessions())[::2]))
     assert {name for _, name, _ in leaks(found, OPEN)} >= {"path", "statement"}
     nothing_of(told, found)
+
+
+@pytest.mark.parametrize(
+    ("port", "field", "word"),
+    [(80, "http.request.uri", "path"), (443, "http.request.uri", "path"),
+     (5432, "pgsql.query", "statement")],
+)  # fmt: skip
+@pytest.mark.usefixtures("told")
+def test_capture_files_are_dissected_also_where_tls_was_opened(stage, tmp_path, port, field, word):
+    target = f"{SERVER4}:{port}"
+    found = [s for s in stage.sessions() if s["target"] == target]
+    mine = [s["id"] for s in found if s["operations"] and not s["counts"]["denied"]]
+    words = ["--format", "pcapng", "--output", str(tmp_path)]
+    stage.narrows("sessions", "export", mine[0], mine[-1], *words)  # the last, and the first
+    opened, told = 0, []
+    for file in tmp_path.iterdir():
+        packets = dissect(file)
+        told += said(packets, field)
+        opened += b"TLS was opened by the gate" in file.read_bytes()
+        assert not said(packets, "_ws.malformed")
+        assert not any("tls" in each.split(":") for each in said(packets, "frame.protocols"))
+    assert any(OPEN[word] in each for each in told), told
+    assert opened or port == 80
 
 
 def test_a_secret_is_found_in_every_form():

@@ -5,6 +5,7 @@ import json
 import socket
 import ssl
 import stat
+import tempfile
 import time
 import zlib
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from served_api import Api
 
+from appliance.cli import main
 from appliance.config import Review
 from appliance.web import certificate, connections, health, server
 from appliance.web.failures import MOST_PEERS, PER_PEER, Failures
@@ -363,3 +365,15 @@ def test_none_is_made_in_place_of_a_configured_one_that_is_missing(tmp_path):
     with pytest.raises(KeyFileError), api:
         pass
     assert not Path(names[0]).exists()
+
+
+def test_a_process_that_cannot_listen_says_so_in_one_line(shared, tmp_path, capsys):
+    config = tmp_path / "narrows.toml"
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as run:
+        paths = f'[paths]\nstate = "{tmp_path / "state"}"\nrun = "{run}"\n\n[review]\n'
+        for listen in (f"port = {shared.port}", 'address = "198.51.100.77"'):
+            config.write_text(paths + listen + "\n")
+            assert main(["serve", "review", "--config", str(config)]) == 69
+            said = capsys.readouterr().err.splitlines()
+            assert [line for line in said if line.startswith("narrows: the review cannot listen")]
+            assert not [line for line in said if "Traceback" in line]
