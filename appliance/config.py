@@ -35,6 +35,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "gate.detect_ms": (1, 60_000),
     "gate.max_sessions": (1, 1_000_000),
     "evidence.segment_bytes": (8 << 20, 1 << 36),
+    "evidence.segment_s": (0, 86_400),
     "evidence.chunk_count": (3, 1024),
     "evidence.commit_ms": (1, 10_000),
     "evidence.reserve_bytes": (0, 1 << 36),
@@ -97,6 +98,7 @@ class Evidence:
     """[evidence]"""
 
     segment_bytes: int = 256 << 20  #: size of a segment file, preallocated
+    segment_s: int = 300  #: a segment is ended when it is so old, so that it can be rewritten
     chunk_count: int = 6  #: 4 MiB pieces of memory per worker
     commit_ms: int = 50  #: longest time that evidence is in memory only
     reserve_bytes: int = 32 << 20  #: disk held back per writer for an orderly stop

@@ -20,6 +20,7 @@ class WriterSettings:
     chunk_bytes: int = 4 << 20
     chunk_count: int = 6
     segment_bytes: int = 256 << 20
+    segment_s: float = 0.0  #: a segment is ended when it is so old; 0: only when it is full
     commit_s: float = 0.05
     reserve_bytes: int = 32 << 20  #: held back for an orderly stop on a full disk; 0 for none
     ahead: bool = True  #: preallocate the next segment before it is needed

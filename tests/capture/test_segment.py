@@ -9,6 +9,7 @@ import os
 import stat
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -399,3 +400,17 @@ def test_how_many_numbers_are_used_is_told(where):
     assert where.store.used() == 0
     (where.store.evidence / "generation").write_text(f"{READERS * 9 // 10:08x}\n")
     assert 0.89 < where.store.used() < 0.91
+
+
+def test_a_segment_that_is_old_ends_and_the_stream_goes_on_in_the_next(where):
+    writer = where.writer(replace(TINY, segment_s=0.001))
+    for number in range(5):
+        writer.append(1, 1, b"%d" % number, number)
+        writer.wait_durable()
+        time.sleep(0.002)
+    writer.close()
+    assert len(where.store.generations()) >= 5
+    payloads = [f.payload for f in published(where, writer.incarnation) if f.kind == 1]
+    assert payloads == [b"0", b"1", b"2", b"3", b"4"]
+    for generation in where.store.generations():
+        assert any(commit.final for commit in commits_of(where, generation))
