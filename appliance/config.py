@@ -25,7 +25,9 @@ from typing import Any, Literal, get_args, get_origin
 from appliance.ports import Ports
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+EVERYWHERE = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
 EXIT_CONFIG = 78
+_NAME = re.compile(r"[!#$%&'*+.^_`|~\w-]{1,64}", re.ASCII)
 
 #: What numbers may be, both ends included; docs/configuration.md tells them.
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -162,10 +164,7 @@ class Route:
     """[[route]], first match wins"""
 
     name: str
-    destinations: tuple[Network, ...] = (
-        ipaddress.ip_network("0.0.0.0/0"),
-        ipaddress.ip_network("::/0"),
-    )  #: destination networks
+    destinations: tuple[Network, ...] = EVERYWHERE  #: destination networks
     ports: Ports = field(default_factory=Ports)  #: destination ports
     protocol: str = "tcp"  #: "tcp", "udp", "icmp" or an IP protocol number
     #: "allow" is for what is not TCP: routed and counted
@@ -409,9 +408,7 @@ class _Reader:
 
 
 def _name(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(
-        r"[!#$%&'*+.^_`|~\w-]{1,64}", value, re.ASCII
-    ):
+    if not (isinstance(value, str) and _NAME.fullmatch(value)):
         raise ValueError(f"{value!r} is no name of a header or parameter")
     return value
 
