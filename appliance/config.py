@@ -25,7 +25,9 @@ from typing import Any, Literal, get_args, get_origin
 from appliance.ports import Ports
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+EVERYWHERE = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
 EXIT_CONFIG = 78
+_NAME = re.compile(r"[!#$%&'*+.^_`|~\w-]{1,64}", re.ASCII)
 
 #: What numbers may be, both ends included; docs/configuration.md tells them.
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -35,6 +37,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "gate.detect_ms": (1, 60_000),
     "gate.max_sessions": (1, 1_000_000),
     "evidence.segment_bytes": (8 << 20, 1 << 36),
+    "evidence.segment_s": (0, 86_400),
     "evidence.chunk_count": (3, 1024),
     "evidence.commit_ms": (1, 10_000),
     "evidence.reserve_bytes": (0, 1 << 36),
@@ -97,6 +100,7 @@ class Evidence:
     """[evidence]"""
 
     segment_bytes: int = 256 << 20  #: size of a segment file, preallocated
+    segment_s: int = 300  #: a segment is ended when it is so old, so that it can be rewritten
     chunk_count: int = 6  #: 4 MiB pieces of memory per worker
     commit_ms: int = 50  #: longest time that evidence is in memory only
     reserve_bytes: int = 32 << 20  #: disk held back per writer for an orderly stop
@@ -160,10 +164,7 @@ class Route:
     """[[route]], first match wins"""
 
     name: str
-    destinations: tuple[Network, ...] = (
-        ipaddress.ip_network("0.0.0.0/0"),
-        ipaddress.ip_network("::/0"),
-    )  #: destination networks
+    destinations: tuple[Network, ...] = EVERYWHERE  #: destination networks
     ports: Ports = field(default_factory=Ports)  #: destination ports
     protocol: str = "tcp"  #: "tcp", "udp", "icmp" or an IP protocol number
     #: "allow" is for what is not TCP: routed and counted
@@ -407,9 +408,7 @@ class _Reader:
 
 
 def _name(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(
-        r"[!#$%&'*+.^_`|~\w-]{1,64}", value, re.ASCII
-    ):
+    if not (isinstance(value, str) and _NAME.fullmatch(value)):
         raise ValueError(f"{value!r} is no name of a header or parameter")
     return value
 

@@ -1,8 +1,10 @@
 """Running sessions: what each gate worker's control socket answers, and how other processes ask.
 
 A worker listens on `run/gate-N.sock`; one JSON object a line, asked and answered. Only root may
-ask. The command line uses the functions at the end. Killing a session is a Decision record in the
-evidence.
+ask. The command line and the review API use the functions at the end. Killing a session is a
+Decision record in the evidence. Its actor is what the kernel says of the process that asks; for
+whom a process asks, as the review API does for a token, is its own word, and stands before that:
+"token:ID(NAME) peer:ADDRESS via uid:0(root)".
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Protocol
 
 from capture import index_query
+from capture.access import person_of
 from capture.frames import session_name, session_number
 from capture.index_query import Session, State, endpoint
 from capture.moment import rfc3339
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("narrows.live")
 
 MOST_BYTES = 1 << 16
+MOST_ACTOR = 1_000
 _PEER = struct.Struct("3i")
 
 
@@ -99,21 +103,22 @@ class ControlSocket:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             sock = writer.get_extra_info("socket")
-            _, uid, _ = _PEER.unpack(
+            pid, uid, _ = _PEER.unpack(
                 sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
             )
             if uid != 0:
                 log.warning("uid %d asked on the control socket", uid)
                 return
+            peer = person_of(uid, f"/proc/{pid}/loginuid")
             while line := await asyncio.wait_for(reader.readline(), 30):
-                writer.write(json.dumps(self._answer(line)).encode() + b"\n")
+                writer.write(json.dumps(self._answer(line, peer)).encode() + b"\n")
                 await writer.drain()
         except (OSError, ValueError, TimeoutError) as wrong:
             log.info("control connection ended: %s", wrong)
         finally:
             writer.close()
 
-    def _answer(self, line: bytes) -> dict[str, Any]:
+    def _answer(self, line: bytes, peer: str) -> dict[str, Any]:
         try:
             question = json.loads(line)
             match question.get("do"):
@@ -121,15 +126,24 @@ class ControlSocket:
                     return {"sessions": self._sessions.list_sessions()}
                 case "kill":
                     number = session_number(str(question["session"]))
-                    done = self._sessions.kill(
-                        number, str(question["actor"]), str(question.get("reason", ""))
-                    )
+                    reason = str(question.get("reason", ""))
+                    done = self._sessions.kill(number, _actor(question, peer), reason)
                     return {"done": done}
                 case "stats":
                     return self._sessions.stats()
         except (ValueError, KeyError, AttributeError) as wrong:
             return {"error": f"cannot be understood: {wrong}"}
         return {"error": "unknown question"}
+
+
+def _actor(question: dict[str, Any], peer: str) -> str:
+    """Return who acts; ValueError when a process asks for somebody that no token names."""
+    if "for" not in question:
+        return peer
+    whom = str(question["for"])
+    if not whom.startswith("token:"):
+        raise ValueError("one can ask for a token only")
+    return f"{whom[:MOST_ACTOR]} via {peer}"
 
 
 def ask(path: Path, question: dict[str, Any], *, timeout_s: float = 5.0) -> dict[str, Any]:
@@ -201,9 +215,13 @@ def ask_all(run: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     return found, silent
 
 
-def kill(run: Path, session: int, actor: str, reason: str) -> bool:
-    """End a session wherever it runs; False when no worker has it."""
-    question = {"do": "kill", "session": session_name(session), "actor": actor, "reason": reason}
+def kill(run: Path, session: int, reason: str, whom: str = "") -> bool:
+    """End a session wherever it runs; False when no worker has it. `whom` is the token for which
+    this process asks.
+    """
+    question = {"do": "kill", "session": session_name(session), "reason": reason}
+    if whom:
+        question["for"] = whom
     for path in workers(run):
         with contextlib.suppress(OSError):
             if ask(path, question).get("done"):

@@ -79,7 +79,17 @@ def actor(login_uid: Path | str = _LOGIN_UID) -> str:
     The uid is the kernel's word, and so is the login uid, which survives su and sudo; what sudo
     left in the environment is the caller's.
     """
-    words = [f"uid:{_person(os.getuid())}"]
+    words = [person_of(os.getuid(), login_uid)]
+    sudo, name = os.environ.get("SUDO_UID", ""), os.environ.get("SUDO_USER", "")
+    if sudo or name:
+        claimed = f"sudo:{sudo[:20]}({name[:64]})"
+        words.append(claimed.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+    return " ".join(words)
+
+
+def person_of(uid: int, login_uid: Path | str) -> str:
+    """Return what the kernel says of a process: "uid:0(root) login:1000(alice)"."""
+    words = [f"uid:{_person(uid)}"]
     try:
         with open(login_uid, encoding="ascii") as file:
             login = int(file.read())
@@ -87,10 +97,6 @@ def actor(login_uid: Path | str = _LOGIN_UID) -> str:
         login = _UNSET  # a kernel without audit
     if login != _UNSET:
         words.append(f"login:{_person(login)}")
-    sudo, name = os.environ.get("SUDO_UID", ""), os.environ.get("SUDO_USER", "")
-    if sudo or name:
-        claimed = f"sudo:{sudo[:20]}({name[:64]})"
-        words.append(claimed.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
     return " ".join(words)
 
 

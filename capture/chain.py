@@ -44,6 +44,7 @@ class Chain:
         self._reserve = Reserve(store.evidence / f"reserve.{stream}", settings.reserve_bytes)
         self._spare = Reserve(store.evidence / "reserve.readers", settings.spare_bytes)
         self._next: SegmentFile | None = None
+        self._begun_at = time.monotonic()
         self._named = False  #: a file got its name and the directory was not synced since
         self._folder = os.open(store.segments, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._kept = -1  #: a descriptor for the next segment, when others have taken all
@@ -72,7 +73,24 @@ class Chain:
         if self._segment.damaged or not self._segment.fits(len(plaintext)):
             self._next = self._next or self._make(len(plaintext))
             self._rotate(self._next, base, staging)
+        elif self._old():
+            self._turn(base, staging)
         return self._segment.generation, self._segment.commit(plaintext, base, staging)
+
+    def _old(self) -> bool:
+        longest_s = self._settings.segment_s
+        used = self._segment.used > BLOCK
+        return used and 0 < longest_s <= time.monotonic() - self._begun_at
+
+    def _turn(self, position: int, staging: memoryview) -> None:
+        """Go on in a new segment, so that the seal can rewrite this one; not if space is short."""
+        self._begun_at = time.monotonic()
+        size = self._settings.segment_bytes
+        if self._next is None and self._free_bytes() > 2 * size + self._settings.reserve_bytes:
+            with contextlib.suppress(OSError):  # there is no need for it
+                self._next = self._create(size)
+        if self._next is not None:
+            self._rotate(self._next, position, staging)
 
     def fits(self, plain_bytes: int) -> bool:
         """Say whether the current segment takes a commit of this size."""
@@ -143,6 +161,7 @@ class Chain:
     def _rotate(self, following: SegmentFile, position: int, staging: memoryview) -> None:
         # The new name first: an incarnation whose newest segment is final has ended.
         self._activate(following)
+        self._begun_at = time.monotonic()
         self._next = None
         old, self._segment = self._segment, following
         if old.damaged:  # nothing can be added to it; what it holds stays good
@@ -185,7 +204,7 @@ class Chain:
                 self._kept = os.dup(self._folder)
 
     def _new_file(self, capacity: int) -> SegmentFile:
-        generation = self._store.next_generation()
+        generation = self._store.next_generation(self._incarnation)
         header = SegmentHeader(
             generation, self._incarnation, self._stream, time.time_ns(), capacity, self._boot,
             self._keys.key_id,

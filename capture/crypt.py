@@ -1,7 +1,9 @@
 """Keys of the appliance: the key-encryption key, the digest key, and a data key for each segment.
 
 Used by the segment writer and by readers. Key files are 32 bytes as hex in files of mode 0600; a
-file that others may read is refused. No key appears in a repr, a log or an error.
+file that others may read is refused. The key-encryption key may come as a systemd credential
+instead (LoadCredentialEncrypted=narrows.appliance-key), so that it never lies beside the evidence.
+No key appears in a repr, a log or an error.
 """
 
 from __future__ import annotations
@@ -12,17 +14,15 @@ import os
 import secrets
 import stat
 import struct
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from capture.errors import EvidenceError, KeyFileError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 KEY_BYTES = 32
+CREDENTIAL = "narrows.appliance-key"
 WRAPPED_BYTES = 12 + KEY_BYTES + 16
 LEAST_HIDDEN_BYTES = 8  #: of what is shorter, a digest says too much to who has its key
 _PLACE = struct.Struct("<QQ")
@@ -83,6 +83,26 @@ def create_key(path: Path) -> Secret:
     return read_key(path)
 
 
+def credential() -> Path | None:
+    """Return the file with the key-encryption key that systemd gave this process, if it did; see
+    systemd.exec(5), "Credentials".
+    """
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    path = Path(folder, CREDENTIAL) if folder else None
+    return path if path is not None and path.exists() else None
+
+
+def _given(state: Path) -> Secret | None:
+    """Return the key-encryption key that systemd gave; KeyFileError when `state` has another."""
+    path = credential()
+    if path is None:
+        return None
+    key, beside = read_key(path), state / "appliance.key"
+    if beside.exists() and read_key(beside).reveal() != key.reveal():
+        raise KeyFileError(f"the credential {CREDENTIAL} and {beside} are different keys")
+    return key
+
+
 def _sync(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -106,14 +126,16 @@ class Keys:
     def load_or_create(cls, state: Path) -> Keys:
         """Return the keys of a state directory, making them on the first start."""
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return cls(create_key(state / "appliance.key"), create_key(state / "digest.key"))
+        wrapping = _given(state) or create_key(state / "appliance.key")
+        return cls(wrapping, create_key(state / "digest.key"))
 
     @classmethod
     def load(cls, state: Path) -> Keys:
         """Return the keys of a state directory; FileNotFoundError or KeyFileError when they are not
         there.
         """
-        return cls(read_key(state / "appliance.key"), read_key(state / "digest.key"))
+        wrapping = _given(state) or read_key(state / "appliance.key")
+        return cls(wrapping, read_key(state / "digest.key"))
 
     def __repr__(self) -> str:
         return f"Keys({self.key_id.hex()})"

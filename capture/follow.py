@@ -28,6 +28,7 @@ from capture.errors import EvidenceError, FormatError
 from capture.pack import PackedSegment
 from capture.segfile import BLOCK
 from capture.segments import open_segment
+from capture.store import SETTLED_NS
 from capture.uncached import Uncached
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 
 #: How much one step gives, in bytes of segments.
 STEP_BYTES = 8 << 20
-#: A directory that changed shortly before it was listed may change again under the same time.
-_SETTLED_NS = 1_000_000_000
 
 
 class Cursor(NamedTuple):
@@ -146,7 +145,7 @@ class Follower:
         changed_ns = self._store.segments.stat().st_mtime_ns
         if changed_ns == self._listed_ns:
             return
-        settled = abs(time.time_ns() - changed_ns) > _SETTLED_NS
+        settled = abs(time.time_ns() - changed_ns) > SETTLED_NS
         # Whatever is packed later was there as a file when it was listed first.
         generations = self._store.generations() if self._packed else self._store.all_generations()
         self._packed = True

@@ -28,6 +28,7 @@ HEADER = struct.Struct("<QQQQ")
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _VALUES = {letter: value for value, letter in enumerate(_ALPHABET)}
+_PAIRS = [first + second for first in _ALPHABET for second in _ALPHABET]
 NAME_LETTERS = 13
 SESSION_BITS = 40
 
@@ -54,11 +55,12 @@ def session_name(session: int) -> str:
     """Return the printed form of a session's number: 13 letters of Crockford's base 32, lower
     case.
     """
-    letters = []
-    for _ in range(NAME_LETTERS):
-        letters.append(_ALPHABET[session & 31])
-        session >>= 5
-    return "".join(reversed(letters))
+    pair = _PAIRS
+    return (
+        _ALPHABET[session >> 60] + pair[session >> 50 & 1023] + pair[session >> 40 & 1023]
+        + pair[session >> 30 & 1023] + pair[session >> 20 & 1023] + pair[session >> 10 & 1023]
+        + pair[session & 1023]
+    )  # fmt: skip
 
 
 def session_number(name: str) -> int:

@@ -41,10 +41,12 @@ class Incarnation:
         self._lock = lock
 
     @classmethod
-    def claim(cls, store: Store) -> Incarnation:
-        """Begin a new life. OSError when the disk refuses."""
+    def claim(cls, store: Store, like: int = 0) -> Incarnation:
+        """Begin a new life, with a number of the range that `like` is in. OSError when the disk
+        refuses.
+        """
         while True:
-            number = store.next_generation()
+            number = store.next_generation(like)
             path = store.open / f"{number:08x}"
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             lock = _lock(path)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MOST_TEXT = 64 * 1024
 #: Facts whose values nobody searches for: there are a dozen in each session.
 UNSEARCHED = frozenset({"parameter"})
+UNPARSED = "unparsed"  #: of secrets, in Detected and in facts
 #: Kernel facts that are searched for, besides the words of argv.
 OWNER_TEXTS = ("exe", "exe_sha256", "cgroup", "unit", "container", "pod", "host")
 
@@ -45,8 +46,8 @@ class Touched:
     __slots__ = (
         "account", "alarms", "assurance", "bytes_down", "bytes_up", "client", "client_port",
         "closed", "denied", "ended_by", "errors", "gaps", "hidden", "how", "operations", "owner",
-        "protocol", "reason", "route", "started", "target", "target_port", "texts", "unknown",
-        "worker",
+        "protocol", "reason", "route", "secrets", "started", "target", "target_port", "texts",
+        "unknown", "worker",
     )  # fmt: skip
 
     def __init__(self, started: int) -> None:
@@ -65,6 +66,7 @@ class Touched:
         self.unknown: str | None = None
         self.owner: bytes | None = None  #: JSON of the kernel facts
         self.protocol: str | None = None
+        self.secrets: str | None = None
         self.closed: int | None = None
         self.reason: str | None = None
         self.ended_by: str | None = None
@@ -96,7 +98,7 @@ class Touched:
 
 _SET_ONCE = (
     "client", "client_port", "target", "target_port", "route", "worker", "account", "assurance",
-    "how", "unknown", "owner", "protocol", "closed", "reason", "ended_by",
+    "how", "unknown", "owner", "protocol", "closed", "reason", "ended_by", "secrets",
 )  # fmt: skip
 
 
@@ -243,6 +245,7 @@ def _attributed(touched: Touched, fields: dict[str, Any], time_ns: int) -> None:
 def _detected(touched: Touched, fields: dict[str, Any], time_ns: int) -> None:
     del time_ns
     touched.protocol = fields["protocol"]
+    touched.secrets = fields.get("secrets") or touched.secrets
     _search(touched, fields["protocol"])
 
 
@@ -267,6 +270,8 @@ def _fact(touched: Touched, fields: dict[str, Any], time_ns: int) -> None:
     del time_ns
     if fields["kind"] == "error":
         touched.errors += 1
+    if fields["fields"].get("secrets") == UNPARSED:
+        touched.secrets = UNPARSED
     if fields["kind"] not in UNSEARCHED:
         _search_values(touched, fields["fields"])
 

@@ -61,6 +61,7 @@ class Session:
     alarms: int
     reason: str | None
     ended_by: str | None
+    secrets: str | None = None  #: "unparsed" when credentials, if there were any, are recorded
 
     @property
     def name(self) -> str:
@@ -120,7 +121,8 @@ _SESSIONS = """
 SELECT s.id, s.started, coalesce(s.closed, e.time), s.closed IS NOT NULL, e.time IS NOT NULL,
     s.client, s.client_port, s.target, s.target_port, s.route, s.worker, s.account, s.assurance,
     s.how, s.unknown, (SELECT facts FROM owner WHERE digest = s.owner), s.protocol, s.bytes_up,
-    s.bytes_down, s.operations, s.denied, s.errors, s.hidden, s.gaps, s.alarms, s.reason, s.ended_by
+    s.bytes_down, s.operations, s.denied, s.errors, s.hidden, s.gaps, s.alarms, s.reason,
+    s.ended_by, s.secrets
 FROM session AS s LEFT JOIN ended AS e ON e.incarnation = (s.id >> 40 & 0xffffff)
 """
 _STATES = {

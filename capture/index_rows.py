@@ -27,7 +27,7 @@ _GREATEST = ("bytes_up", "bytes_down")
 _LEAST = ("started",)
 _SET = (
     "client", "client_port", "target", "target_port", "route", "worker", "account", "assurance",
-    "how", "unknown", "owner", "protocol", "closed", "reason", "ended_by",
+    "how", "unknown", "owner", "protocol", "closed", "reason", "ended_by", "secrets",
 )  # fmt: skip
 _COLUMNS = (*_ADDED, *_GREATEST, *_LEAST, *_SET)
 _values = attrgetter(*_COLUMNS)

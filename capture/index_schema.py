@@ -9,7 +9,7 @@ which the extents point into.
 from __future__ import annotations
 
 #: Written into the file; an index of another version is thrown away and filled anew.
-VERSION = 4
+VERSION = 5
 
 PRAGMAS = """
 PRAGMA journal_mode = WAL;
@@ -34,7 +34,7 @@ CREATE TABLE session (
     protocol TEXT, bytes_up INTEGER NOT NULL, bytes_down INTEGER NOT NULL,
     operations INTEGER NOT NULL, denied INTEGER NOT NULL, errors INTEGER NOT NULL,
     hidden INTEGER NOT NULL, gaps INTEGER NOT NULL, alarms INTEGER NOT NULL,
-    closed INTEGER, reason TEXT, ended_by TEXT
+    closed INTEGER, reason TEXT, ended_by TEXT, secrets TEXT
 );
 CREATE INDEX session_started ON session (started);
 CREATE INDEX session_account ON session (account, started);

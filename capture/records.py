@@ -56,6 +56,8 @@ class Detected:
     reason: str = (
         ""  #: why, when it is not the layer's own probe: "silent", "no-probe-matched", ...
     )
+    #: "unparsed": the layer knows no credentials, so that any are recorded; "" where it hides them
+    secrets: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,9 @@ class Alarm:
 class Decision:
     """A person or program acted: on the session that it stands in, or on the gate."""
 
-    #: "uid:0(root)" of the local control socket's peer, or "token:ID(NAME) peer:ADDRESS"
+    #: "uid:0(root)": what the kernel says of the process that asked the gate, or that did it. For
+    #: the review API "token:ID(NAME) peer:ADDRESS via uid:0(root)"; what is before "via" is the
+    #: review process's word
     actor: str
     action: str  #: "kill", "redirect-apply", "redirect-undo", "token-create", "token-revoke"
     reason: str  #: as given; for the redirect, what was changed; for a token, id, role and name

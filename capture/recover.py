@@ -144,7 +144,7 @@ def _store_tail(
     pieces: list[tuple[int, memoryview, int]], end: int,
 ) -> int:  # fmt: skip
     """Write the final segment of an incarnation whose stream ends at `end`."""
-    generation = store.next_generation()
+    generation = store.next_generation(incarnation)
     sizes = [commit_total(len(frames)) for _, frames, _ in pieces]
     header = SegmentHeader(
         generation, incarnation, stream, time.time_ns(), BLOCK + sum(sizes) + BLOCK, boot_id(),

@@ -106,6 +106,9 @@ class Rewriter:
 
     def _pack(self, generation: int, first: int) -> bool:
         reader = self._open(generation)
+        if not self._commits:  # its writer died, or went on, before it stored anything in it
+            self._close()
+            return self._recycle(generation)
         digests = self._sealer.digests(generation, len(self._commits))
         made = self._packer.pack(
             reader, self._commits, first, digests, compress=self.backlog[1] < LEAVE_AS_IS_BYTES

@@ -25,6 +25,7 @@ from capture.incarnation import Incarnation
 from capture.records import KINDS, Gap, Record, Start, Stop, encode
 from capture.segfile import boot_id
 from capture.settings import WriterSettings
+from capture.store import READERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +58,7 @@ class SegmentWriter:
         self._store, self._keys = store, keys
         self._settings = settings or WriterSettings()
         store.prepare()
-        self._life = Incarnation.claim(store)
+        self._life = Incarnation.claim(store, 0 if self._settings.sessions else READERS)
         self.incarnation = self._life.number
         self._tag = self.incarnation << 32
         self._next_session = 0
@@ -156,7 +157,8 @@ class SegmentWriter:
         )
 
     def new_session(self) -> int:
-        """Return the number of a new session."""
+        """Return the number of a new session; for a writer with the setting `sessions` only."""
+        assert self._settings.sessions, "its incarnation has no room for sessions"
         self._next_session += 1
         return self.incarnation << SESSION_BITS | self._next_session
 

@@ -45,6 +45,7 @@ class SessionObject(TypedDict):
     client: str
     target: str
     protocol: str | None
+    secrets: Literal["unparsed"] | None
     route: str | None
     worker: int | None
     operations: int
@@ -103,6 +104,7 @@ def session_object(session: Session) -> SessionObject:
         "client": session.client,
         "target": session.target,
         "protocol": session.protocol,
+        "secrets": "unparsed" if session.secrets == "unparsed" else None,
         "route": session.route,
         "worker": session.worker,
         "operations": session.operations,

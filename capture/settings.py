@@ -20,12 +20,14 @@ class WriterSettings:
     chunk_bytes: int = 4 << 20
     chunk_count: int = 6
     segment_bytes: int = 256 << 20
+    segment_s: float = 0.0  #: a segment is ended when it is so old; 0: only when it is full
     commit_s: float = 0.05
     reserve_bytes: int = 32 << 20  #: held back for an orderly stop on a full disk; 0 for none
     ahead: bool = True  #: preallocate the next segment before it is needed
     #: held back for readers, who must write what they read; every writer shares this one
     spare_bytes: int = 8 << 20
     spare: bool = False  #: this writer may take from it when the disk is full
+    sessions: bool = True  #: this writer numbers sessions; one that does not uses up no numbers
 
     def __post_init__(self) -> None:
         if self.chunk_count < 2:
@@ -48,4 +50,5 @@ SMALL = WriterSettings(
     reserve_bytes=0,
     ahead=False,
     spare=True,
+    sessions=False,
 )

@@ -10,7 +10,8 @@ import fcntl
 import os
 import re
 import stat
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, NamedTuple
 
 from capture.errors import EvidenceError
 
@@ -19,7 +20,27 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _IN_MEMORY = frozenset({"tmpfs", "ramfs"})
+#: A directory that changed shortly before it was listed may change again under the same time.
+SETTLED_NS = 1_000_000_000
+#: First generation of writers that number no sessions.
+READERS = 1 << 24
 _COUNT = re.compile("[0-9a-f]{8}")
+
+
+class _Counter(NamedTuple):
+    """A range of generations: the last that was given out is in a file."""
+
+    name: str
+    low: int
+    end: int
+
+    def of(self, numbers: list[int]) -> list[int]:
+        """Return those of its range, and its lowest one."""
+        return [self.low, *(number for number in numbers if self.low <= number < self.end)]
+
+
+_NUMBERING = _Counter("generation", 0, READERS)
+_READERS = _Counter("generation.readers", READERS, 1 << 32)
 
 
 class Store:
@@ -35,6 +56,7 @@ class Store:
         self.keys = self.evidence / "keys"  #: data keys of the sealed store
         self.ledger = self.evidence / "ledger"
         self.index = self.evidence / "index.sqlite"
+        self._packs: tuple[int, list[int]] = (-1, [])  #: when they had changed, and what was listed
         self.hot = run / "hot"  #: one directory of chunks per living incarnation
 
     def prepare(self) -> None:
@@ -53,6 +75,8 @@ class Store:
                     f"{path} has owner {found.st_uid} and mode {found.st_mode & 0o7777:o}:"
                     " others could replace what is in it"
                 )
+        self._begin(_NUMBERING)
+        self._begin(_READERS)
 
     @property
     def run_is_memory(self) -> bool:
@@ -87,29 +111,59 @@ class Store:
         return _numbers(self.segments, "seg")
 
     def sealed_generations(self) -> list[int]:
-        """Return the generations of the segments that have a pack, oldest first."""
-        return _numbers(self.sealed, "00000000.pack")
+        """Return the generations of the segments that have a pack, oldest first.
+
+        They are many: a directory that did not change since it was listed is not listed again.
+        """
+        changed_ns = 0
+        with contextlib.suppress(OSError):
+            changed_ns = self.sealed.stat().st_mtime_ns
+        if changed_ns != self._packs[0]:
+            found = _numbers(self.sealed, "00000000.pack")
+            settled = abs(time.time_ns() - changed_ns) > SETTLED_NS
+            self._packs = changed_ns if settled else -1, found
+        return list(self._packs[1])
 
     def all_generations(self) -> list[int]:
         """Return the generations of all segments, whether their files are there or only packs."""
         hot = self.generations()  # listed first: a pack is there before its segment's file goes
         return sorted({*hot, *self.sealed_generations()})
 
-    def next_generation(self) -> int:
-        """Take the next generation; a number that was given out is never given again, not even
-        after a crash or when the counter was lost.
+    def next_generation(self, like: int = 0) -> int:
+        """Take the next generation, of the range that the number `like` is in; a number that was
+        given out is never given again, not even after a crash or when the counter was lost.
+
+        Writers that number sessions have the range below READERS, which session numbers have room
+        for; those that only record what was read have the one from there on, so that reads use up
+        nothing that is scarce.
         """
-        with self._locked(self.evidence / "generation") as fd:
-            text = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-            last = int(text, 16) if _COUNT.fullmatch(text) else max([0, *self.all_generations()])
-            generation = max([last, *self.generations()]) + 1
-            if generation >> 24:
+        counter = _READERS if like >= READERS else _NUMBERING
+        with self._locked(self.evidence / counter.name) as fd:
+            generation = max(self._last(fd, counter), *counter.of(self.generations())) + 1
+            if generation >= counter.end:
                 raise EvidenceError("the generation counter is used up")
-            os.pwrite(fd, f"{generation:08x}\n".encode(), 0)
-            os.fdatasync(fd)
-        if not text:
-            sync_directory(self.evidence)
+            _put(fd, generation)
         return generation
+
+    def _begin(self, counter: _Counter) -> None:
+        """Make a counter, so that a number can be taken on a full disk."""
+        if not (self.evidence / counter.name).exists():
+            with self._locked(self.evidence / counter.name) as fd:
+                _put(fd, self._last(fd, counter))
+            sync_directory(self.evidence)
+
+    def _last(self, fd: int, counter: _Counter) -> int:
+        text = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+        if _COUNT.fullmatch(text):
+            return max(int(text, 16), counter.low)
+        return max(counter.low, *counter.of(self.all_generations()))  # it was lost, or is new
+
+    def used(self) -> float:
+        """Return the part of the generations of writers that number sessions that was given out."""
+        text = ""
+        with contextlib.suppress(OSError, ValueError):
+            text = (self.evidence / _NUMBERING.name).read_text("ascii").strip()
+        return int(text, 16) / READERS if _COUNT.fullmatch(text) else 0.0
 
     @contextlib.contextmanager
     def _locked(self, path: Path) -> Iterator[int]:
@@ -132,6 +186,11 @@ def _numbers(folder: Path, suffix: str) -> list[int]:
                     if entry.is_file(follow_symlinks=False):
                         found.append(generation)
     return sorted(found)
+
+
+def _put(fd: int, number: int) -> None:
+    os.pwrite(fd, f"{number:08x}\n".encode(), 0)
+    os.fdatasync(fd)
 
 
 def sync_directory(path: Path) -> None:

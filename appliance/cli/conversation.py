@@ -175,7 +175,10 @@ def _fact(fields: dict[str, Any]) -> list[str]:
 
 
 def _detected(fields: dict[str, Any]) -> list[str]:
-    why = f" ({fields['reason']})" if fields["reason"] else ""
+    notes = [fields["reason"]] if fields["reason"] else []
+    if fields.get("secrets"):
+        notes.append(f"secrets {fields['secrets']}")
+    why = f" ({', '.join(notes)})" if notes else ""
     return [f".    protocol      {printable(fields['protocol'] + why)}"]
 
 

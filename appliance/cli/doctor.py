@@ -23,6 +23,7 @@ from appliance.lab.place import BLOB
 from appliance.proxy import redirect
 from appliance.proxy.listener import open_listener
 from appliance.proxy.redirect import nft, rules
+from capture.store import Store
 from ebpf import procfs
 from ebpf.doctor import Check, checks
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _CLONE_NEWNET = 0x40000000
 _TMPFS = "tmpfs"
+MOST_USED = 0.8  #: of the numbers of segments and writers, before it is a warning
 _ROUTE_WHY = "sessions are lost, or pass around the gate, where the way back is another"
 
 
@@ -49,6 +51,7 @@ def run(words: argparse.Namespace) -> int:
         settings.enter_gate(words)
         found += _redirect(config)
         found.append(_run_directory(config))
+        found.append(_numbers(config))
     if words.json:
         print(json.dumps([dataclasses.asdict(check) for check in found], indent=1))
     else:
@@ -130,4 +133,17 @@ def _run_directory(config: Config) -> Check:
         found=f"{config.paths.run} is on {', '.join(sorted(kinds)) or 'an unknown file system'}",
         why="what was received and is not on disk yet must survive the death of every process",
         do="" if fits else "set paths.run to a directory of a tmpfs, such as /run/narrows",
+    )
+
+
+def _numbers(config: Config) -> Check:
+    """Numbers of segments and writers are never used again, and there are 2^24 of them."""
+    used = Store(config.paths.state, config.paths.run).used()
+    return Check(
+        name="segment numbers",
+        ok=used < MOST_USED,
+        found=f"{used:.1%} are used",
+        why="a gate without a number for its next segment refuses all sessions",
+        do="" if used < MOST_USED else "keep this state directory, and begin a new one",
+        required=False,
     )

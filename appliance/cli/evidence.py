@@ -16,6 +16,7 @@ from appliance.cli.printable import printable
 from appliance.cli.reading import Evidence, evidence
 from capture import index_query, plainjson, records
 from capture.compression import decompress
+from capture.crypt import credential
 from capture.errors import EvidenceError
 from capture.index_fill import rebuild
 from capture.seal import Seal, SealRuns
@@ -85,8 +86,10 @@ def _verify(opened: Evidence, words: argparse.Namespace) -> int:
             [session] = opened.named(index, "verify", [what])
         what = session.name
     opened.record("verify")
-    key, kept = _ledger_key(words.ledger_key), [_readable(name) for name in words.checkpoint]
-    report = verify(opened.store.state, what, key, kept=kept, decompress=decompress)
+    vkey, kept = _ledger_key(words.ledger_key), [_readable(name) for name in words.checkpoint]
+    report = verify(
+        opened.store.state, what, vkey, key=credential(), kept=kept, decompress=decompress
+    )
     print(plainjson.dumps(report.json()) if words.json else report.text())
     return report.exit_code
 

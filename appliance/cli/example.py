@@ -29,6 +29,7 @@ management = ["10.0.0.0/24"]           # never reached from clients through the 
 
 [evidence]
 # segment_bytes = 268435456
+# segment_s = 300                      # a segment is ended when it is so old; 0: when it is full
 # chunk_count = 6                      # 4 MiB pieces of memory per worker
 # commit_ms = 50                       # longest time that evidence is in memory only
 # reserve_bytes = 33554432             # held back for an orderly stop on a full disk

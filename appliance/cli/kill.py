@@ -10,7 +10,6 @@ from appliance.cli import settings
 from appliance.cli.live import ask_workers
 from appliance.cli.outcome import NOT_FOUND, OK, USAGE, Refusal
 from appliance.cli.printable import printable
-from capture.access import actor
 from capture.frames import session_number
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def run(words: argparse.Namespace) -> int:
     run = settings.chosen(words).paths.run
     name = _running(run, words.id)
     reason = words.reason.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    if not live.kill(run, session_number(name), actor(), reason):
+    if not live.kill(run, session_number(name), reason):
         raise Refusal(f"session {name} does not run any more", code=NOT_FOUND)
     print(f"session {name} was ended", file=sys.stderr)
     return OK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from capture.errors import EvidenceError
 
 if TYPE_CHECKING:
     from appliance.config import Config
+
+_ADDRESS = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL})
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +40,12 @@ def run(words: argparse.Namespace) -> int:
         return _process(words.process, config, words.worker)
     except PermissionError as wrong:
         raise Refusal(str(wrong), "it needs root", code=UNAVAILABLE) from wrong
+    except OSError as wrong:
+        if wrong.errno not in _ADDRESS:
+            raise
+        hint = "another process listens there, or it is no address of this host"
+        problem = f"the {words.process} cannot listen: {wrong.strerror}"
+        raise Refusal(problem, hint, code=UNAVAILABLE) from wrong
     except (AlreadyRuns, EvidenceError) as wrong:
         raise Refusal(f"the {words.process} ends: {wrong}", code=UNAVAILABLE) from wrong
 

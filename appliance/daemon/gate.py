@@ -101,6 +101,7 @@ def _settings(config: Config) -> WriterSettings:
     return WriterSettings(
         chunk_count=evidence.chunk_count,
         segment_bytes=evidence.segment_bytes,
+        segment_s=evidence.segment_s,
         commit_s=evidence.commit_ms / 1000,
         reserve_bytes=evidence.reserve_bytes,
     )

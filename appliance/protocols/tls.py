@@ -1,8 +1,8 @@
 """TLS that nobody opens: relayed and recorded as it is; what the handshake shows is decoded.
 
 The session driver calls it for sessions that begin with a ClientHello where the route passes TLS
-through, and for TLS inside TLS. It cannot hide credentials, and need not: their bytes are
-encrypted. docs/protocols/tls.md says what is covered.
+through, and for TLS inside TLS. It cannot hide credentials: whoever has the keys may find them in
+the recorded bytes, and the `Detected` record says so. docs/protocols/tls.md says what is covered.
 """
 
 from __future__ import annotations

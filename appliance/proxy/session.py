@@ -147,8 +147,8 @@ class Session:
             )
             if wanted is not direction.reading:
                 direction.reading = wanted
-                if wanted and (direction.pending or not direction.watched):
-                    direction.watch()
+                if wanted and (direction.pending or direction.stream or not direction.watched):
+                    direction.watch()  # TLS keeps itself what is left (`TlsStream.pending`)
 
     def readable(self, direction: Direction) -> None:
         """The loop says that `direction` has bytes."""

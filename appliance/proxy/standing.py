@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from appliance.config import Route
 
 MOST_KEPT = 1024
+_UNPARSED = frozenset({"opaque", "tls"})  #: relayed as they are, whatever is in them
 
 
 class Standing:
@@ -57,7 +58,8 @@ class Standing:
         """Return a Detected; there are few protocols and few reasons."""
         payload = self._detected.get((protocol, reason))
         if payload is None:
-            payload = self._detected[protocol, reason] = encode(Detected(protocol, reason))
+            secrets = "unparsed" if protocol in _UNPARSED else ""
+            payload = self._detected[protocol, reason] = encode(Detected(protocol, reason, secrets))
         return payload
 
 

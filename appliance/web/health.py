@@ -7,6 +7,7 @@ have.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 TEXT = "text/plain"
 LATE_S = 30.0  #: a checkpoint as old as this says that the seal does not run
+PULSE_S = 1.0
 COUNT_S = 5.0  #: counts of the evidence are this old at most
 
 Sample = tuple[str, str, str, list[tuple[dict[str, Any], float]]]  #: name, type, help, values
@@ -59,9 +61,32 @@ class Counts:
         return self._found
 
 
+class Pulse:
+    """The answer to whether the appliance works, worked out once a second at most: anybody may
+    ask, and asking the workers takes a thread.
+    """
+
+    def __init__(self) -> None:
+        self._asking = asyncio.Lock()
+        self._known: Health | None = None
+        self._asked_at = 0.0
+
+    async def of(self, review: Review) -> Health:
+        """Return how the parts are, as of a second ago at most."""
+        async with self._asking:
+            if self._known is None or time.monotonic() - self._asked_at >= PULSE_S:
+                self._known = await _health(review)
+                self._asked_at = time.monotonic()
+        return self._known
+
+
 async def get_health(review: Review, asked: Asked, given: Nothing) -> Health:
-    """Say whether the appliance works; needs no token."""
+    """Say whether the appliance works, as of a second ago at most; needs no token."""
     del asked, given
+    return await review.pulse.of(review)
+
+
+async def _health(review: Review) -> Health:
     stats = await review.reading.ask(lambda _: _workers(review))
     gate = bool(stats) and all(told is not None and not told["failed"] for told in stats)
     parts = {
@@ -172,6 +197,9 @@ def _machine(review: Review) -> Iterator[Sample]:
          recorder.refused),
         ("narrows_api_unauthenticated_total", "counter", "Requests without a good token.",
          review.failures.total),
+        ("narrows_api_connections", "gauge", "Connections to the API.", review.connections.count),
+        ("narrows_api_connections_refused_total", "counter", "Connections that were one too many.",
+         review.connections.turned_away),
         ("narrows_api_listeners", "gauge", "Listeners of server-sent events.",
          review.feed.listeners),
     ):  # fmt: skip

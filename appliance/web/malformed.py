@@ -1,4 +1,4 @@
-"""Answers what is no HTTP that aiohttp understands as everything else that is wrong is answered.
+"""One connection: answers what is no HTTP as everything else that is wrong is answered.
 
 aiohttp's own answer would be a text that repeats what came, and a trace in the log for each: work
 and disk that anybody could take, without a token.
@@ -37,9 +37,17 @@ HEADERS = {
 class Protocol(web.RequestHandler):
     """One connection; the only answers of its own are to what is no request."""
 
-    def __init__(self, server: web.Server, refused: Callable[[str], None], **bounds: Any) -> None:
+    def __init__(self, server: web.Server, refused: Callable[..., bool], **bounds: Any) -> None:
         super().__init__(server, **bounds)
-        self._refused = refused  #: told the status of each such answer
+        self._refused = refused  #: told the status of each such answer and the peer; says whether
+        #: it may go to the log
+        self.gone = bounds["loop"].create_future()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Say so to who waits for it."""
+        super().connection_lost(exc)
+        if not self.gone.done():
+            self.gone.set_result(None)
 
     def handle_error(
         self, request: BaseRequest, status: int = 500, exc: BaseException | None = None,
@@ -51,11 +59,12 @@ class Protocol(web.RequestHandler):
             raise ConnectionError("the answer is cut")
         if status < HTTPStatus.INTERNAL_SERVER_ERROR:
             problem = Problem("bad-request", "it is no HTTP/1.1, or its head is too long")
-            log.info("%s: no HTTP from %s", problem.reference, request.remote)
+            if self._refused(str(problem.status), request.remote or "unknown"):
+                log.info("%s: no HTTP from %s", problem.reference, request.remote)
         else:
             problem = Problem("internal", "it is in the log under this reference")
+            self._refused(str(problem.status), request.remote or "unknown")
             log.error("%s: from %s", problem.reference, request.remote, exc_info=exc)
-        self._refused(str(problem.status))
         response = problem.response()
         response.headers.update(HEADERS)
         response.force_close()

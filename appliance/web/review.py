@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from appliance.web.connections import Connections
 from appliance.web.failures import Failures
-from appliance.web.health import Counts
+from appliance.web.health import Counts, Pulse
 from appliance.web.reading import Reading
 from appliance.web.recorder import Recorder
 from appliance.web.running import Feed
@@ -34,21 +34,29 @@ WRITE_S = 30.0  #: how long a reader may take for one piece
 class Review:
     """One review process; made on its loop."""
 
-    def __init__(self, config: Config, store: Store, keys: Keys) -> None:
+    def __init__(
+        self, config: Config, store: Store, keys: Keys, description: dict[str, Any]
+    ) -> None:
+        self.description = description  #: openapi.json, worked out once
         self.run: Path = config.paths.run
         self.reading = Reading(store, keys)
         self.recorder = Recorder(store, keys, config.sha256)
         self.tokens = Tokens(config.paths.state)
         self.feed = Feed(self.reading, self.run)
         self.failures = Failures()
+        self.strangers = Failures()  #: lines in the log that nobody with a good token caused
         self.connections = Connections()
         self.counts = Counts()
+        self.pulse = Pulse()
         self.answered: Counter[str] = Counter()  #: requests by status
         self.stopping = asyncio.Event()
 
-    def count(self, status: str) -> None:
-        """Count an answer."""
+    def refused(self, status: str, peer: str) -> bool:
+        """Count an answer to one who has no good token; say whether it may go to the log: what
+        anybody can cause is bounded.
+        """
         self.answered[status] += 1
+        return self.strangers.add(peer)
 
     def close(self) -> None:
         """End the threads; what was read is in the evidence."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ log = logging.getLogger("narrows.review")
 MOST_BODY = 64 << 10
 BODY_S = 10.0
 STOP_S = 5.0
+BACKLOG = 128
 #: What aiohttp is told of a connection. A line holds every parameter of a list at its longest.
 BOUNDS: dict[str, Any] = {
     "max_line_size": 16 << 10, "max_field_size": 8 << 10, "max_headers": 64,
@@ -53,13 +55,14 @@ BOUNDS: dict[str, Any] = {
     "access_log": None,
 }  # fmt: skip
 _BEGUN = web.RequestKey("begun", bool)  #: its answer's head was sent
+_KNOWN = web.RequestKey("known", bool)  #: it came with a good token
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="narrows"'}
 
 
 async def get_description(review: Review, asked: Asked, given: Nothing) -> dict[str, Any]:
     """Return this API's description, OpenAPI 3.1; needs no token."""
-    del review, asked, given
-    return openapi.document(ROUTES)
+    del asked, given
+    return review.description
 
 
 ROUTES: tuple[Route, ...] = (
@@ -73,19 +76,19 @@ class Server:
 
     def __init__(self, config: Config, store: Store, keys: Keys) -> None:
         self._config = config
-        self.review = Review(config, store, keys)
+        self.review = Review(config, store, keys, openapi.document(ROUTES))
         self._runner = web.AppRunner(
             application(self.review), handle_signals=False, shutdown_timeout=STOP_S,
             handler_cancellation=True,
         )  # fmt: skip
-        self._listening: asyncio.Server | None = None
-        self._sweeping: asyncio.Task[None] | None = None
+        self._listening: socket.socket | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def port(self) -> int:
         """Return the port that is listened on."""
         assert self._listening is not None, "start was called"
-        port: int = self._listening.sockets[0].getsockname()[1]
+        port: int = self._listening.getsockname()[1]
         return port
 
     async def start(self) -> None:
@@ -99,25 +102,36 @@ class Server:
         assert serve is not None, "it was set up"
         loop = asyncio.get_running_loop()
 
-        def connected() -> Protocol:
-            """Take a connection."""
-            return Protocol(serve, self.review.count, loop=loop, **BOUNDS)
+        def made() -> Protocol:
+            """Return what serves one connection."""
+            return Protocol(serve, self.review.refused, loop=loop, **BOUNDS)
 
-        self._listening = await loop.create_server(
-            connected, self._config.review.address, self._config.review.port, ssl=tls,
-            ssl_handshake_timeout=IDLE_S, ssl_shutdown_timeout=STOP_S,
-        )  # fmt: skip
-        self._sweeping = asyncio.create_task(self.review.connections.sweep(serve))
+        self._listening = _listen(self._config.review.address, self._config.review.port)
+        connections = self.review.connections
+        self._tasks = [
+            asyncio.create_task(connections.accept(self._listening, tls, made)),
+            asyncio.create_task(connections.sweep()),
+        ]
 
     async def stop(self) -> None:
         """Answer what was asked, as far as that is quick, and end."""
         self.review.stopping.set()
-        if self._sweeping is not None:
-            self._sweeping.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._listening is not None:
             self._listening.close()
         await self._runner.cleanup()
+        await self.review.connections.close()
         self.review.close()
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    """Return a listening socket; OSError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    made = socket.create_server((address, port), family=family, backlog=BACKLOG)
+    made.settimeout(0)
+    return made
 
 
 def application(review: Review) -> web.Application:
@@ -145,9 +159,9 @@ def partial_middleware(review: Review) -> Any:
             response = await handler(request)
         except Problem as problem:
             _nothing_sent(request)
-            response = _told(request, problem)
+            response = _told(review, request, problem)
         except web.HTTPException as wrong:
-            response = _told(request, of_http(wrong))
+            response = _told(review, request, of_http(wrong))
         except (ConnectionError, TimeoutError):
             raise ConnectionResetError("who asked does not listen") from None
         except Exception:
@@ -157,7 +171,7 @@ def partial_middleware(review: Review) -> Any:
             response = bug.response()
         finally:
             review.connections.ended(request.protocol)
-        review.count(str(response.status))
+        review.answered[str(response.status)] += 1
         return response
 
     return problems
@@ -203,6 +217,7 @@ def _token(review: Review, route: Route, request: web.Request) -> Token | None:
         log.warning("%s", wrong)
         raise Problem("unavailable", "tokens cannot be checked now") from wrong
     if token is not None:
+        request[_KNOWN] = True
         return token
     peer = request.remote or "unknown"
     if not review.failures.add(peer):
@@ -233,12 +248,13 @@ async def _given(route: Route, request: web.Request) -> Any:
     return parameters.bind(kind, sources)
 
 
-def _told(request: web.Request, problem: Problem) -> web.Response:
-    log.info(
-        "%s: %s %s from %s: %d %s",
-        problem.reference, request.method, request.path[:200].encode("ascii", "backslashreplace")
-        .decode(), request.remote, problem.status, problem.kind,
-    )  # fmt: skip
+def _told(review: Review, request: web.Request, problem: Problem) -> web.Response:
+    if _KNOWN in request or review.strangers.add(request.remote or "unknown"):
+        path = request.path[:200].encode("ascii", "backslashreplace").decode()
+        log.info(
+            "%s: %s %s from %s: %d %s", problem.reference, request.method, path, request.remote,
+            problem.status, problem.kind,
+        )  # fmt: skip
     return problem.response()
 
 

@@ -185,7 +185,7 @@ async def list_records(review: Review, asked: Asked, given: Records) -> Page[dic
 async def kill_session(review: Review, asked: Asked, given: Kill) -> Killed:
     """End a running session; the gate records who did it and why, as a Decision."""
     done = await asyncio.to_thread(
-        live.kill, review.run, session_number(given.session), asked.actor, given.reason
+        live.kill, review.run, session_number(given.session), given.reason, asked.actor
     )
     if not done:
         raise Problem("not-running", f"session {given.session} does not run")

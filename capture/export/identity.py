@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 MOST_LETTERS = 4_000  #: of one comment
 #: Ports on which a dissector looks for a protocol by itself, as far as we decode it.
-_USUAL = {"postgresql": ("5432", "pgsql"), "http1": ("80", "http")}
+_USUAL = {"postgresql": ("5432", "pgsql"), "http1": ("80", "http"), "tls": ("443", "tls")}
 
 
 def shown(text: str) -> str:
@@ -37,10 +37,17 @@ def lines(session: Session, known: Known) -> list[str]:
         + (f": {session.reason} by {session.ended_by}" if session.reason else ""),
         "TCP is synthetic, made from the recorded bytes of the client's side",
         "hidden bytes (credentials) are zero and named in packet comments",
+        *_secrets(session),
         *_tls(known),
         *_hint(session),
     ]
     return [shown(line)[:MOST_LETTERS] for line in told]
+
+
+def _secrets(session: Session) -> list[str]:
+    if session.secrets != "unparsed":
+        return []
+    return ["secrets: unparsed, so that credentials may be in these bytes"]
 
 
 def _owner(owner: dict[str, Any] | None) -> str:

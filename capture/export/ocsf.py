@@ -193,6 +193,7 @@ def session_event(session: Session, told: _Told) -> dict[str, Any]:
         event["duration"] = max(session.ended - session.started, 0) // 1_000_000
     event["unmapped"]["narrows"] |= {
         "state": session.state.value, "route": session.route, "owner": session.owner,
+        "secrets": session.secrets,
         "operations": session.operations, "errors": session.errors, "denied": session.denied,
         "counts": {"gaps": session.gaps, "alarms": session.alarms, "hidden": session.hidden},
         **told.lists,
@@ -240,7 +241,7 @@ def _actor(session: Session) -> dict[str, Any]:
         "session": {"uid": session.name},
     }  # fmt: skip
     owner = session.owner or {}
-    if isinstance(owner.get("pid"), int):
+    if type(owner.get("pid")) is int:  # True is no process
         actor["process"] = _process(owner)
     return actor
 
@@ -260,7 +261,7 @@ def _process(owner: dict[str, Any]) -> dict[str, Any]:
     argv = owner.get("argv")
     if isinstance(argv, list) and argv:
         process["cmd_line"] = shlex.join(map(str, argv))
-    if isinstance(owner.get("uid"), int):
+    if type(owner.get("uid")) is int:
         process["user"] = {"uid": str(owner["uid"])}
     return process
 

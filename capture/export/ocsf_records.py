@@ -57,7 +57,7 @@ _DECISIONS = {
 }  # fmt: skip
 #: Actions of an Access that do more than read.
 _DOING = frozenset({"kill", "reindex"})
-_PEER = re.compile(r" peer:(\S+)$")
+_PEER = re.compile(r" peer:(\S+)")
 _PROTOCOLS = {"icmp": 1, "udp": 17, "ipv6-icmp": 58}
 _OURSELVES = {"name": "Narrows", "type_id": 0, "type": "Unknown"}
 

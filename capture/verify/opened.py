@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from capture.verify.packs import Packs, slot_of
+from capture.verify.packs import Packs, Slots
 from capture.verify.parts import CannotOpen, PartError, Parts, sealed_again
 
 if TYPE_CHECKING:
@@ -148,12 +148,12 @@ class OpenedPacks:
             self._report.invalid(str(wrong), **place)
 
     def _some_destroyed(self) -> bool:
-        evidence, incarnation = self._opener.evidence, self._segment.incarnation
-        return any(
-            not slot_of(evidence, incarnation, entry.session)[0]
-            for pack in self._segment.packs
-            for entry in pack.entries
-        )
+        with Slots(self._opener.evidence, self._segment.incarnation) as slots:
+            return any(
+                not slots.get(entry.session)[0]
+                for pack in self._segment.packs
+                for entry in pack.entries
+            )
 
 
 Opened = OpenedFile | OpenedPacks

@@ -96,11 +96,12 @@ class Pack:
         if at != self.size:
             yield f"the file has {self.size} bytes, not {at}"
 
-    def part(self, entry: Entry) -> bytes:
-        """Return a part as it lies in the file."""
+    def parts(self) -> Iterator[tuple[Entry, bytes]]:
+        """Yield each part as it lies in the file."""
         with self.path.open("rb") as file:
-            file.seek(entry.offset)
-            return file.read(entry.length)
+            for entry in self.entries:
+                file.seek(entry.offset)
+                yield entry, file.read(entry.length)
 
 
 class Packs:
@@ -185,12 +186,41 @@ class Packs:
 AnySegment = Segment | Packs
 
 
-def slot_of(evidence: Path, incarnation: int, session: int) -> tuple[bytes, bytes]:
-    """Return a session's wrapped key, empty when it was destroyed, and its context."""
-    owner, counter = (session >> 40, session & ((1 << 40) - 1)) if session else (incarnation, 0)
-    slot = _slot(evidence / "keys" / f"{owner:08x}", counter)
-    context = b"narrows session key\0" + struct.pack("<IQ", owner, session)
-    return (slot[:60] if any(slot) else b""), context
+class Slots:
+    """The wrapped keys of sessions; a context manager, which keeps the files open."""
+
+    def __init__(self, evidence: Path, incarnation: int) -> None:
+        self._folder, self._incarnation = evidence / "keys", incarnation
+        self._files: dict[int, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for fd in self._files.values():
+            if fd >= 0:
+                os.close(fd)
+
+    def get(self, session: int) -> tuple[bytes, bytes]:
+        """Return a session's wrapped key, empty when it was destroyed, and its context."""
+        owner, counter = session >> 40, session & ((1 << 40) - 1)
+        if session == 0:
+            owner = self._incarnation
+        if owner not in self._files:
+            try:
+                fd = os.open(self._folder / f"{owner:08x}", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                fd = -1
+            self._files[owner] = fd
+        fd = self._files[owner]
+        slot = os.pread(fd, _SLOT, counter * _SLOT) if fd >= 0 else b""
+        context = b"narrows session key\0" + struct.pack("<IQ", owner, session)
+        return (slot[:60] if any(slot) else b""), context
 
 
 def _slot(path: Path, number: int) -> bytes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from capture.verify.packs import slot_of
+from capture.verify.packs import Slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,16 +47,20 @@ class Parts:
         self._pieces: dict[int, list[tuple[int, memoryview]]] = {}
         self._place = (incarnation, generation)
         self._wrapping, self._decompress = wrapping, decompress
-        for entry in pack.entries:
-            wrapped, context = slot_of(evidence, incarnation, entry.session)
-            if not wrapped:
-                self.missing.add(entry.session)
-                continue
-            try:
-                data_key = wrapping.decrypt(wrapped[:12], wrapped[12:], context)
-            except InvalidTag as wrong:
-                raise PartError(f"the key of session {entry.session:x} does not open") from wrong
-            self._take(self._open(pack, entry, data_key))
+        with Slots(evidence, incarnation) as slots:
+            for entry, content in pack.parts():
+                wrapped, context = slots.get(entry.session)
+                if wrapped:
+                    data_key = self._unwrap(entry, wrapped, context)
+                    self._take(self._open(pack, entry, content, data_key))
+                else:
+                    self.missing.add(entry.session)
+
+    def _unwrap(self, entry: Entry, wrapped: bytes, context: bytes) -> bytes:
+        try:
+            return self._wrapping.decrypt(wrapped[:12], wrapped[12:], context)
+        except InvalidTag as wrong:
+            raise PartError(f"the key of session {entry.session:x} does not open") from wrong
 
     def runs(self, commit: Commit) -> list[tuple[int, memoryview]]:
         """Return a commit's frames, without those of `missing` sessions: where each run of them
@@ -64,12 +68,11 @@ class Parts:
         """
         return sorted(self._pieces.get(commit.number, []), key=lambda piece: piece[0])
 
-    def _open(self, pack: Pack, entry: Entry, data_key: bytes) -> bytes:
+    def _open(self, pack: Pack, entry: Entry, content: bytes, data_key: bytes) -> bytes:
         info = b"narrows sealed part\0" + pack.salt
         info += struct.pack("<QII", entry.session, self._place[1], pack.first)
         key = hmac.digest(data_key, info + b"\x01", "sha256")
         commitment = hmac.digest(data_key, key + info + b"\x02", "sha256")
-        content = pack.part(entry)
         if content[:32] != commitment:
             raise PartError(f"the key of session {entry.session:x} breaks its commitment")
         body = _chunks(memoryview(content)[32:], key, entry)

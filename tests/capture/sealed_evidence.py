@@ -43,7 +43,7 @@ TINY = WriterSettings(
     chunk_bytes=64 << 10, chunk_count=4, segment_bytes=256 << 10, commit_s=0.002, reserve_bytes=0
 )
 #: Packs of a few commits, at once.
-REWRITE = RewriteSettings(after_s=-1, window_bytes=96 << 10, reserve_bytes=0)
+REWRITE = RewriteSettings(after_s=-1, window_bytes=128 << 10, reserve_bytes=0)
 
 
 class Evidence:

@@ -26,14 +26,15 @@ LONGEST = {
     "final": True, "header": HASH, "opened": MOMENT, "origin": "n" * 128, "own": (MOST, MOST),
     "power_loss": False, "reason": WORD, "role": WORD, "action": WORD, "scope": WORD,
     "root": HASH, "session": "0" * 13, "sha256": "f" * 64, "stream": "s" * 16, "subroot": HASH,
-    "tags": HASH, "time": MOMENT,
+    "tags": HASH, "time": MOMENT, "digest": HASH,
 }  # fmt: skip
 
 
 def longest(kind):
     names = [field.name for field in dataclasses.fields(kind) if field.name not in ("type", "v")]
     values = {name: LONGEST.get(name, MOST) for name in names}
-    return kind(**values | ({"bytes": MOST} if kind is leaves.Recovered else {}))
+    special = {leaves.Recovered: {"bytes": MOST}, leaves.Pack: {"last": True}}
+    return kind(**values | special.get(kind, {}))
 
 
 def test_every_type_of_leaf_is_known_to_the_verifier():

@@ -29,6 +29,7 @@ from capture.packing import Packer
 from capture.reader import Reader, Side
 from capture.sealed import RewriteSettings
 from capture.sealer import Sealer
+from capture.segfile import SegmentFile, SegmentHeader, boot_id
 from capture.segments import open_segment
 from capture.tail import SegmentReader
 
@@ -236,6 +237,18 @@ def test_a_killed_writers_stream_is_recovered_although_its_older_segments_are_pa
     assert (place.store.keys / f"{dead:08x}").exists()
 
 
+def test_a_segment_in_which_nothing_was_stored_goes_too(place):
+    sessions = write(place, 20)
+    incarnation = incarnation_of(sessions[0])
+    header = SegmentHeader(
+        incarnation, incarnation, "gate-0", 1, 256 << 10, boot_id(), place.keys.key_id
+    )
+    SegmentFile(place.store.segment(incarnation), header, place.keys).close()
+    place.rewritten()
+    assert incarnation not in place.store.sealed_generations()
+    valid(place)
+
+
 def test_whatever_step_is_the_last_before_a_kill_the_next_seal_goes_on(place):
     """After each step of the seal a copy of the state is what a kill there would leave."""
     sessions = write(place, 25)
@@ -249,7 +262,7 @@ def test_whatever_step_is_the_last_before_a_kill_the_next_seal_goes_on(place):
         if state_of(place) != listed:
             copies.append(place.copy())
     seal.close()
-    assert len(copies) > 6
+    assert len(copies) > 3
     for copy in copies:
         valid(copy)
         copy.rewritten()
@@ -269,7 +282,7 @@ def state_of(place):
 def test_a_seal_killed_at_any_moment_rewrites_everything_once(place, seed):
     chance = random.Random(seed)
     with place.process("write", "20"), place.process("write", "31"):
-        for _ in range(6):
+        for _ in range(4):
             with place.process("rewrite", "0.02"):
                 time.sleep(chance.uniform(0.0, 0.4))
             valid(place)
@@ -282,8 +295,7 @@ def test_a_seal_killed_at_any_moment_rewrites_everything_once(place, seed):
     with current(place.store, place.keys) as index:
         ids = [number for (number,) in index.db.execute("SELECT id FROM session")]
         assert len(ids) == report.sessions["opened"]
-        assert not any(list(map(bool, _content(Reader(place.store, place.keys, index), ids))).count(
-            False) for _ in "1")  # fmt: skip
+        assert all(_content(Reader(place.store, place.keys, index), ids).values())
 
 
 def test_a_file_that_lost_its_name_and_was_not_removed_goes_at_the_next_start(place):

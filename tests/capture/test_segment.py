@@ -9,6 +9,7 @@ import os
 import stat
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +19,9 @@ from written_evidence import TINY, Frame, Place, place
 from capture.errors import EvidenceError
 from capture.records import KINDS, Gap, Start, Stop
 from capture.segfile import SegmentFile, SegmentHeader, boot_id, nonce
+from capture.segment import SegmentWriter
 from capture.settings import COMMIT_BYTES_SOFT, SMALL, WriterSettings
+from capture.store import READERS
 from capture.tail import SegmentReader
 
 
@@ -377,3 +380,37 @@ def test_a_final_commit_ends_its_file_even_when_its_writer_is_killed_right_after
         *_, last = reader.commits()
     assert last.final
     assert segment.path.stat().st_size == last.offset + last.total_bytes
+
+
+def test_a_writer_that_numbers_no_sessions_uses_up_none_of_their_numbers(where):
+    where.writer().close()
+    before = (where.store.evidence / "generation").read_bytes()
+    first = SegmentWriter(where.store, where.keys, "cli", role="cli", settings=SMALL)
+    first.close()
+    second = SegmentWriter(where.store, where.keys, "cli", role="cli", settings=SMALL)
+    second.close()
+    assert (where.store.evidence / "generation").read_bytes() == before
+    assert READERS < first.incarnation < second.incarnation
+    (where.store.evidence / "generation.readers").unlink()
+    assert where.store.next_generation(READERS) > max(where.store.generations())
+    assert where.store.next_generation() < READERS
+
+
+def test_how_many_numbers_are_used_is_told(where):
+    assert where.store.used() == 0
+    (where.store.evidence / "generation").write_text(f"{READERS * 9 // 10:08x}\n")
+    assert 0.89 < where.store.used() < 0.91
+
+
+def test_a_segment_that_is_old_ends_and_the_stream_goes_on_in_the_next(where):
+    writer = where.writer(replace(TINY, segment_s=0.001))
+    for number in range(5):
+        writer.append(1, 1, b"%d" % number, number)
+        writer.wait_durable()
+        time.sleep(0.002)
+    writer.close()
+    assert len(where.store.generations()) >= 5
+    payloads = [f.payload for f in published(where, writer.incarnation) if f.kind == 1]
+    assert payloads == [b"0", b"1", b"2", b"3", b"4"]
+    for generation in where.store.generations():
+        assert any(commit.final for commit in commits_of(where, generation))

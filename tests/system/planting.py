@@ -11,7 +11,7 @@ from urllib.parse import quote
 from capture.errors import FormatError
 from capture.frames import walk
 from capture.records import TYPES
-from capture.tail import SegmentReader
+from capture.segments import open_segment
 
 _BLOCK = 1 << 20
 _EMPTY = bytes(_BLOCK)
@@ -79,10 +79,10 @@ def _content(path):
     return b"".join(found)
 
 
-def plaintexts(store, keys):
-    """Yield what every commit of every segment holds, decrypted."""
-    for generation in store.generations():
-        with SegmentReader(store.segment(generation), keys) as reader:
+def plaintexts(store, keys, generations):
+    """Yield what every commit of some segments holds, decrypted, wherever they are now."""
+    for generation in generations:
+        with open_segment(store, generation, keys) as reader:
             for commit in reader.commits():
                 try:
                     plaintext = reader.plaintext(commit)

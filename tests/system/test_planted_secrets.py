@@ -7,8 +7,10 @@ are words that are no secret: they must be found, or the search is blind.
 """
 
 import base64
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,10 +20,12 @@ from pathlib import Path
 import psycopg
 import pytest
 from planting import Place, files, index_words, leaks, needles, plaintexts, secret
-from staging import wait_for
+from staging import Stage, own_place, wait_for
 
 sys.path.append(str(Path(__file__).parents[1] / "contract"))
+sys.path.append(str(Path(__file__).parents[1] / "capture"))
 
+from dissected import dissect, said
 from pgserver import PASSWORD, PgServer
 
 from appliance.lab.topology import SERVER4
@@ -55,8 +59,19 @@ http {{
 
 
 @pytest.fixture(scope="module")
+def stage():
+    """A lab whose segments go into the sealed store as soon as they are finished."""
+    made = Stage(own_place())
+    try:
+        made.up("[evidence]\nrewrite_s = 0\n")
+        yield made
+    finally:
+        made.down()
+
+
+@pytest.fixture(scope="module")
 def told(stage, tmp_path_factory):
-    """Return the secrets, after every client has shown what it knows."""
+    """Return the secrets, after every client has shown what it knows and all of it is sealed."""
     folder = tmp_path_factory.mktemp("planted")
     wire = folder / "wire.pcap"
     words = ["tcpdump", "-U", "--immediate-mode", "-i", "any", "-w", str(wire), "tcp"]
@@ -75,7 +90,16 @@ def told(stage, tmp_path_factory):
     seen = {name for _, name, _ in leaks([Place("wire", wire.read_bytes())], planted)}
     assert seen == set(planted) - {"API token"}, "not everything was sent"
     wait_for(lambda: all(s["state"] != "running" for s in stage.sessions()), what="the ends")
+    for pid in stage.pids("gate"):
+        os.kill(pid, signal.SIGKILL)  # its segments are finished
+    wait_for(lambda: sealed(stage), what="the sealed store")
     return planted
+
+
+def sealed(stage):
+    """Say whether everything that the clients did is in the sealed store."""
+    found = plaintexts(stage.store, stage.keys, stage.store.sealed_generations())
+    return {name for _, name, _ in leaks(found, OPEN)} == set(OPEN)
 
 
 def on_server(stage):
@@ -249,8 +273,8 @@ def test_no_secret_is_on_disk_in_memory_or_in_a_log(stage, told):
     nothing_of(told, kept)
 
 
-def test_no_secret_is_in_a_decrypted_segment(stage, told):
-    found = list(plaintexts(stage.store, stage.keys))
+def test_no_secret_is_in_a_decrypted_segment_or_the_sealed_store(stage, told):
+    found = list(plaintexts(stage.store, stage.keys, stage.store.all_generations()))
     assert {name for _, name, _ in leaks(found, OPEN)} == set(OPEN)
     nothing_of(told, found)
 
@@ -290,6 +314,29 @@ def test_no_secret_is_printed_by_the_command_line(stage, told):
     found = list(commands(stage, some(stage.sessions())[::2]))
     assert {name for _, name, _ in leaks(found, OPEN)} >= {"path", "statement"}
     nothing_of(told, found)
+
+
+@pytest.mark.parametrize(
+    ("port", "field", "word"),
+    [(80, "http.request.uri", "path"), (443, "http.request.uri", "path"),
+     (5432, "pgsql.query", "statement")],
+)  # fmt: skip
+@pytest.mark.usefixtures("told")
+def test_capture_files_are_dissected_also_where_tls_was_opened(stage, tmp_path, port, field, word):
+    target = f"{SERVER4}:{port}"
+    found = [s for s in stage.sessions() if s["target"] == target]
+    mine = [s["id"] for s in found if s["operations"] and not s["counts"]["denied"]]
+    words = ["--format", "pcapng", "--output", str(tmp_path)]
+    stage.narrows("sessions", "export", mine[0], mine[-1], *words)  # the last, and the first
+    opened, told = 0, []
+    for file in tmp_path.iterdir():
+        packets = dissect(file)
+        told += said(packets, field)
+        opened += b"TLS was opened by the gate" in file.read_bytes()
+        assert not said(packets, "_ws.malformed")
+        assert not any("tls" in each.split(":") for each in said(packets, "frame.protocols"))
+    assert any(OPEN[word] in each for each in told), told
+    assert opened or port == 80
 
 
 def test_a_secret_is_found_in_every_form():

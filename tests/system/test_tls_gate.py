@@ -1,6 +1,7 @@
 """HTTPS through a real gate and its redirect: curl, nginx, and the load of real kernels."""
 
 import hashlib
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,41 @@ def test_large_transfers_pass_both_ways_and_are_recorded_as_plaintext(place, tmp
         assert second.sizes[0] > SIZE
     else:
         assert bytes(first.up).startswith(b"PRI * HTTP/2.0\r\n")
+
+
+def test_a_gate_that_is_killed_in_a_handshake_leaves_a_session_that_was_cut(place):
+    gate, _ = place
+    before = set(gate.recorded())
+    context = ssl.create_default_context(cafile=gate.state / "ca.pem")
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_hostname=NAME)
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.do_handshake()
+    hello = outgoing.read()
+    shown = (gate.state / "ca.pem").read_bytes()
+    with gate.connect(PORT) as half, gate.connect(PORT) as unfinished:
+        half.sendall(hello[:100])
+        unfinished.sendall(hello)
+        assert unfinished.recv(1) == b"\x16"  # the server's leg is up; the client says no more
+        gate.kill()
+        gate.start()
+        gate.wait_ready()
+    gate.recover()
+    cut = [
+        session for number, session in gate.recorded().items() if number and number not in before
+    ]
+    assert len(cut) == 2
+    for session in cut:
+        assert session.sizes == [0, 0, 0, 0]
+        assert session.close is None
+    # says that sessions of the dead worker that have no SessionClose were cut
+    assert any(record["record"] == "Recovered" for record in gate.recorded()[0].records)
+    stages = sorted(len([r for r in session.records if r["record"] == "Tls"]) for session in cut)
+    assert stages == [0, 1]
+    assert (gate.state / "ca.pem").read_bytes() == shown
+    known = set(gate.recorded())
+    assert curl(gate, "/big", "-r", "0-0").returncode == 0
+    until(lambda: any(s.close for n, s in gate.recorded().items() if n not in known), what="it")
 
 
 def test_what_passed_before_a_gate_was_killed_is_in_the_evidence(place, tmp_path):

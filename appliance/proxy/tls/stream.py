@@ -150,8 +150,11 @@ class TlsStream:
 
     def recv(self, size: int) -> bytes:
         """Return up to `size` decrypted bytes, empty at the end."""
-        area = bytearray(size)
-        return bytes(area[: self.recv_into(memoryview(area))])
+        # The end of the shared area: what `_take` has of this call's ciphertext is no longer than
+        # `size`, or than a record, and stands at its beginning.
+        size = min(size, len(self._scratch) // 2)
+        area = self._scratch[-size:]
+        return bytes(area[: self.recv_into(area)])
 
     def recv_into(self, area: memoryview) -> int:
         """Fill `area` with decrypted bytes; return how many, 0 at the end."""
@@ -225,6 +228,9 @@ class TlsStream:
                 self._end()
                 break
             done += length
+            if not (self._incoming.pending or self._tls.pending() or self._cut):
+                self._dry = True  # said here, for an exception costs more than the record did
+                break
         if self._outgoing.pending:  # an alert, or the answer to a key update
             self._push_quietly()
             if sum(map(len, self._waiting)) > MOST_UNSENT_BYTES:

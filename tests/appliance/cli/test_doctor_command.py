@@ -79,3 +79,14 @@ def test_it_works_before_there_is_a_configuration(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0
     assert "redirect" not in done.stdout
+
+
+def test_segment_numbers_that_run_out_are_a_warning(tmp_path):
+    config = written(tmp_path)
+    evidence = tmp_path / "state" / "evidence"
+    evidence.mkdir(parents=True)
+    for used, ok in ((1 << 23, True), (15 << 20, False)):
+        (evidence / "generation").write_text(f"{used:08x}\n")
+        found = json.loads(doctor("--json", config=config).stdout)
+        (check,) = [c for c in found if c["name"] == "segment numbers"]
+        assert (check["ok"], check["required"]) == (ok, False)

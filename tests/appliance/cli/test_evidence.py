@@ -227,16 +227,29 @@ def test_reads_of_the_evidence_command_are_recorded_and_refused_too(narrows, sea
 # -- seal
 
 
-def test_seal_rewrites_what_is_finished_and_all_reads_as_before(narrows, sealed):
-    before = narrows("sessions", "list", "--json").out
+def test_seal_rewrites_what_is_finished_and_all_reads_as_before(narrows, sealed, tmp_path):
+    before = told(narrows, sealed[0], tmp_path / "before")
     assert narrows("evidence", "seal").code == 0
     assert narrows.evidence.store.sealed_generations()
     assert not set(narrows.evidence.store.sealed_generations()) & set(
         narrows.evidence.store.generations()
     )
     assert narrows("evidence", "reindex").code == 0
-    assert narrows("sessions", "list", "--json").out == before
+    assert told(narrows, sealed[0], tmp_path / "after") == before
     assert narrows("evidence", "verify").code == 0
+
+
+def told(narrows, session, folder):
+    """Return what the commands say of a session, and the bytes that they export."""
+    folder.mkdir()
+    out = [
+        narrows("sessions", "list", "--json").out,
+        narrows("sessions", "show", session, "--json").out,
+        narrows("sessions", "show", session, "--bytes").out,
+    ]
+    exported = narrows("sessions", "export", session, "--format", "raw", "--output", str(folder))
+    assert exported.code == 0, exported.err
+    return out, {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_seal_leaves_the_work_to_the_seal_that_runs(narrows):

@@ -1,8 +1,10 @@
 import pytest
 from gatekeeper import Gatekeeper
 
+from appliance import live
 from capture import index_query
-from capture.frames import session_name
+from capture.access import person_of
+from capture.frames import session_name, session_number
 from capture.records import KINDS, Decision
 
 
@@ -69,9 +71,7 @@ def test_looking_at_running_sessions_is_recorded(narrows, worker):
     assert narrows.reads() == [("live", [], "allowed")]
 
 
-def test_a_kill_ends_the_session_and_says_who_did_it_and_why(narrows, worker, monkeypatch):
-    monkeypatch.setenv("SUDO_UID", "4242")
-    monkeypatch.setenv("SUDO_USER", "alice")
+def test_a_kill_ends_the_session_and_says_who_did_it_and_why(narrows, worker):
     name, other = worker.open(), worker.open()
     answer = narrows("kill", name, "--reason", "card data \x1b")
     assert (answer.code, answer.err) == (0, f"session {name} was ended\n")
@@ -80,9 +80,27 @@ def test_a_kill_ends_the_session_and_says_who_did_it_and_why(narrows, worker, mo
     with narrows.evidence.index() as index:
         [decision] = index_query.events(index, KINDS[Decision])
     assert decision.fields["reason"] == "card data \x1b"
-    assert decision.fields["actor"].startswith("uid:0(root)")
-    assert decision.fields["actor"].endswith("sudo:4242(alice)")
+    assert decision.fields["actor"] == person_of(0, "/proc/self/loginuid")
     assert session_name(decision.session) == name
+
+
+def test_who_ended_a_session_is_what_the_kernel_says_whatever_the_asker_claims(narrows, worker):
+    socket = narrows.evidence.store.run / "gate-0.sock"
+    first, second = worker.open(), worker.open()
+    question = {"do": "kill", "session": first, "reason": "x", "actor": "uid:1000(bob)"}
+    assert live.ask(socket, question) == {"done": True}
+    for whom in ("uid:1000(bob)", "bob", 7):
+        refused = live.ask(socket, question | {"session": second, "for": whom})
+        assert "cannot be understood" in refused["error"]
+    assert [told["id"] for told in worker.list_sessions()] == [second]
+    token = "token:1(ann) peer:203.0.113.9"
+    assert live.kill(narrows.evidence.store.run, session_number(second), "y", token)
+    worker.gate.commit()
+    with narrows.evidence.index() as index:
+        found = [e.fields["actor"] for e in index_query.events(index, KINDS[Decision])]
+    kernel = person_of(0, "/proc/self/loginuid")
+    assert kernel.startswith("uid:0(root)")
+    assert found == [kernel, f"{token} via {kernel}"]
 
 
 def test_a_kill_needs_one_running_session_and_a_reason(narrows, worker):

@@ -106,6 +106,35 @@ def test_slow_readers_on_both_sides_lose_nothing(connect, certificates, make_gat
 
 
 @each_version
+def test_a_reader_that_pauses_gets_the_rest_when_the_server_waits_too(
+    connect, certificates, make_gate, version
+):
+    """The server has filled what every buffer takes by then: nothing new will come of it."""
+    gate = make_gate()
+
+    def serve(end):
+        end.recv(6)
+        for _ in range(5):
+            end.send(LONG)
+
+    address, _ = serving(certificates.server(), serve, version=version)
+    port = gate.listen(address)
+
+    def client():
+        end = End(connect(port, receive_bytes=65536), client_context(gate.ca))
+        end.send(b"\0begin")
+        length = len(end.recv(1))
+        time.sleep(1)
+        (session,) = gate.worker.sessions.values()
+        session.down.pending = False  # as when no receive ended at the end of a chunk
+        while length < 5 * len(LONG):
+            length += len(end.recv(1 << 18))
+        return length
+
+    assert gate.serve(client) == 5 * len(LONG)
+
+
+@each_version
 def test_small_messages_that_come_with_the_end_of_the_handshake_pass(
     connect, certificates, make_gate, version
 ):
@@ -463,7 +492,8 @@ def test_what_passes_through_is_relayed_as_it_is_and_its_handshake_recorded(
     assert [each["names"] for each in answered["chain"]] == (
         [[NAME]] if version is ssl.TLSVersion.TLSv1_2 else []
     )
-    assert named["Detected"][0]["protocol"] == "tls"
+    detected = named["Detected"][0]
+    assert (detected["protocol"], detected["secrets"]) == ("tls", "unparsed")
     assert named["SessionClose"][0]["bytes_up"] == len(up) > len(LONG)
     assert up[:2] == down[:2] == b"\x16\x03"
     assert LONG[:40] not in up + down

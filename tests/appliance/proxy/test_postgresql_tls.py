@@ -5,6 +5,7 @@ libpqs, against two servers.
 import os
 import shutil
 import subprocess
+import time
 
 import pgserver
 import psycopg
@@ -120,6 +121,20 @@ def test_with_the_servers_own_certificate_everything_works_and_scram_is_bound(se
     assert "SCRAM-SHA-256-PLUS" in mechanisms
 
 
+def test_a_certificate_that_is_no_longer_the_servers_fails_at_the_binding_and_shows(
+    server, certificates, make_gate
+):
+    certificate, key = certificates.server(NAME)  # good, but the server was given another
+    gate = make_gate(tls_certificate=str(certificate), tls_key=str(key))
+    port = gate.listen((server.host, server.port))
+    for client in (libpq15, libpq18):
+        got = gate.serve(client, port, certificates.ca, "verify-full", "prefer", "scram")
+        assert "channel binding check failed" in got
+    for found, _ in told(gate):
+        (up,) = [e for e in found if e["record"] == "Tls" and e["stage"] == "established"]
+        assert up["presented"] != up["chain"][0]["sha256"]
+
+
 def test_with_a_plain_upstream_tls_ends_at_the_gate(server, make_gate):
     gate = make_gate(tls_upstream="plain", tls_verify="off")
     for mode, binding, got in all_modes(gate, server, gate.ca):
@@ -133,6 +148,33 @@ def test_what_is_passed_through_is_end_to_end(server, make_gate):
     gate = make_gate(tls="passthrough", tls_verify="system")
     for mode, binding, got in all_modes(gate, server, server.certificate.parent / "ca.pem"):
         assert got == ("f" if mode in MODES[:2] else "t"), (mode, binding)
+    seen = [[(each["mode"], each["stage"]) for each in found if each["record"] == "Tls"]
+            for found, _ in told(gate)]  # fmt: skip
+    assert [("passthrough", "hello"), ("passthrough", "answered")] in seen
+    assert len([each for each in seen if each]) == 2 * (1 + 3 * 3)
+
+
+def test_a_server_that_demands_a_client_certificate_says_so_itself(server, certificates, make_gate):
+    shutil.copyfile(certificates.ca, server.folder / "ca.crt")
+    shutil.chown(server.folder / "ca.crt", "postgres")
+    rules = "local all all trust\nhostssl all plain all password clientcert=verify-ca\n"
+    (server.folder / "data" / "pg_hba.conf").write_text(rules)
+    server.psql(f"ALTER SYSTEM SET ssl_ca_file = '{server.folder / 'ca.crt'}'")
+    server.psql("SELECT pg_reload_conf()")
+    gate = make_gate()
+    port = gate.listen((server.host, server.port))
+
+    def refusal():
+        return libpq15(port, gate.ca, "verify-full", "disable", "plain")
+
+    until = time.monotonic() + 20
+    while "valid client certificate" not in (got := gate.serve(refusal)):  # it reloads by and by
+        assert time.monotonic() < until, got
+    found, _ = told(gate)[-1]
+    assert [each["certificate_asked"] for each in found if each["record"] == "Tls"] == [False, True]
+    errors = [each["fields"]["sqlstate"] for each in found
+              if each["record"] == "Fact" and each["kind"] == "error"]  # fmt: skip
+    assert errors == ["28000"]
 
 
 @pytest.mark.parametrize("user", ["open", "plain", "hashed"])

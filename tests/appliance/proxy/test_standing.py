@@ -34,7 +34,8 @@ def test_session_close(fields):
 def test_detected(pairs):
     standing = Standing(0)
     for protocol, reason in pairs * 2:
-        assert standing.detected(protocol, reason) == encode(Detected(protocol, reason))
+        secrets = "unparsed" if protocol == "opaque" else ""
+        assert standing.detected(protocol, reason) == encode(Detected(protocol, reason, secrets))
 
 
 def test_attributed_is_the_answer_itself_whether_or_not_it_was_seen_before():

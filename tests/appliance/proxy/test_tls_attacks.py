@@ -248,3 +248,27 @@ def test_a_key_update_of_a_real_client_passes_and_changes_nothing(certificates, 
     assert b"after" in said
     assert up == b"before\nafter\n"
     assert [each["stage"] for each in tls_records(found)][:2] == ["hello", "established"]
+
+
+@pytest.mark.parametrize("durability", ["write", "fsync"])
+def test_bytes_in_tls_leave_in_order_when_each_waits_for_the_disk(
+    connect, certificates, make_gate, durability
+):
+    gate = make_gate(durability=durability)
+    address, _ = serving(certificates.server(), echo)
+    port = gate.listen(address)
+    said = b"".join(b"%07d\n" % number for number in range(60_000))
+
+    def client():
+        end = End(connect(port), client_context(gate.ca))
+        got = bytearray()
+        for at in range(0, len(said), 60_000):
+            end.send(said[at : at + 60_000])
+            while len(got) < min(at + 60_000, len(said)):
+                got += end.recv()
+        end.say_end()
+        assert end.recv() == b""
+        return bytes(got)
+
+    assert gate.serve(client) == said
+    assert told(gate)[1] == said

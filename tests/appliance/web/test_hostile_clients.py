@@ -5,15 +5,18 @@ import json
 import socket
 import ssl
 import stat
+import tempfile
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from served_api import Api
 
+from appliance.cli import main
 from appliance.config import Review
-from appliance.web import certificate, connections
+from appliance.web import certificate, connections, health, server
 from appliance.web.failures import MOST_PEERS, PER_PEER, Failures
 from capture.errors import KeyFileError
 
@@ -21,6 +24,13 @@ SECURITY = {
     "Strict-Transport-Security", "X-Content-Type-Options", "X-Frame-Options",
     "Content-Security-Policy", "Cache-Control", "Referrer-Policy",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def another_minute(request):
+    """What one test had logged does not count against the next."""
+    if "shared" in request.fixturenames:
+        request.getfixturevalue("shared").server.review.strangers = Failures()
 
 
 def test_plain_http_is_not_answered(shared):
@@ -161,19 +171,143 @@ def test_a_connection_that_never_asks_is_closed(shared):
     shared.server.review.connections.idle_s = connections.IDLE_S
 
 
-def test_more_connections_than_there_may_be_are_closed(shared):
-    shared.server.review.connections.most = 5
-    opened = [shared.raw() for _ in range(12)]
+def opened(shared, count):
+    """TCP connections that say nothing; those that are closed at once are not among them."""
+    sockets = [socket.create_connection(("127.0.0.1", shared.port)) for _ in range(count)]
+    until = time.monotonic() + 20
+    connections = shared.server.review.connections
+    while connections.turned_away + connections.count < count and time.monotonic() < until:
+        time.sleep(0.01)
+    return sockets
+
+
+def closed(sock):
+    sock.settimeout(0.01)
     try:
-        until = time.monotonic() + 20
-        while len(shared.server._runner.server.connections) > 6:
-            assert time.monotonic() < until
-            time.sleep(0.05)
-    finally:
-        shared.server.review.connections.most = connections.MOST
-        for sock in opened:
-            sock.close()
-    assert shared.get("/health", None).status == 200
+        return sock.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+@pytest.mark.parametrize("bound", ["most", "most_of_peer"])
+def test_a_connection_too_many_is_closed_before_it_costs_a_handshake(api, bound):
+    connections = api.server.review.connections
+    setattr(connections, bound, 5)
+    sockets = opened(api, 40)
+    assert (connections.count, connections.turned_away) == (5, 35)
+    assert sum(map(closed, sockets)) == 35
+    for sock in sockets:
+        sock.close()
+    until = time.monotonic() + 20
+    while connections.count:
+        assert time.monotonic() < until, "who went away is counted no more"
+        time.sleep(0.01)
+    assert not connections._peers
+    assert not connections._spoke
+    assert api.get("/health", None).status == 200
+
+
+def test_a_handshake_that_does_not_come_ends(api, monkeypatch):
+    monkeypatch.setattr(connections, "HANDSHAKE_S", 0.5)
+    api.server.review.connections.idle_s = 3600
+    with socket.create_connection(("127.0.0.1", api.port)) as sock:
+        sock.settimeout(20)
+        sock.sendall(b"\x16\x03\x01\x02\x00")  # a ClientHello's first bytes
+        assert sock.recv(1) == b""
+
+
+def test_a_thousand_silent_connections_leave_the_others_served(api):
+    connections = api.server.review.connections
+    connections.most_of_peer = 1000
+    sockets = opened(api, 1000)
+    assert connections.count == connections.most
+    for sock in sockets[:1]:
+        sock.close()
+    until = time.monotonic() + 20
+    while connections.count == connections.most:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert api.get("/health", None).status == 200
+    for sock in sockets[1:]:
+        sock.close()
+
+
+def test_only_ciphers_with_forward_secrecy_are_spoken(shared):
+    tls = ssl.create_default_context(cafile=shared.config.paths.state / "review.crt")
+    tls.maximum_version = ssl.TLSVersion.TLSv1_2
+    tls.set_ciphers("AES128-GCM-SHA256:ECDHE-ECDSA-AES128-SHA256")
+    with (
+        socket.create_connection(("127.0.0.1", shared.port)) as sock,
+        pytest.raises((ssl.SSLError, ConnectionError)),
+    ):
+        tls.wrap_socket(sock, server_hostname="localhost")
+
+
+def said(shared, request):
+    with shared.raw() as sock:
+        sock.sendall(request)
+        answer = b""
+        while piece := sock.recv(65536):
+            answer += piece
+    return answer
+
+
+def test_http_1_0_is_answered_and_closed(shared):
+    head, _, body = said(shared, b"GET /api/v1/health HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 200")
+    assert json.loads(body)["recording"]
+
+
+def test_head_is_refused_without_a_body_and_reads_nothing(shared):
+    reads = len(shared.reads())
+    request = (
+        f"HEAD /api/v1/sessions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        f"Authorization: Bearer {shared.tokens['admin']}\r\n\r\n"
+    )
+    head, _, body = said(shared, request.encode()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 405")
+    assert b"Allow: GET" in head
+    assert body == b""
+    assert len(shared.reads()) == reads
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(shared, monkeypatch):
+    monkeypatch.setattr(server, "BODY_S", 0.3)
+    request = (
+        f"POST /api/v1{KILL} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {shared.tokens['admin']}\r\nContent-Length: 50\r\n\r\n{{"
+    )
+    answer = said(shared, request.encode())
+    assert answer.startswith(b"HTTP/1.1 408"), answer[:100]
+
+
+def test_a_compressed_body_is_not_opened(shared):
+    headers = {"Content-Type": "application/json", "Content-Encoding": "deflate"}
+    bomb = zlib.compress(b" " * 50_000_000)
+    answer = shared.ask("POST", KILL, headers=headers, body=bomb)
+    assert (answer.status, answer.problem()) == (400, "bad-request")
+
+
+def test_what_strangers_do_fills_no_log(api, caplog):
+    caplog.set_level("INFO")
+    for _ in range(40):
+        api.get("/nothing", None)
+        api.get("/sessions", "narrows_wrong")
+    assert len(caplog.records) <= 3 * PER_PEER
+    caplog.clear()
+    reference = api.get("/sessions?limit=0").json()["reference"]
+    assert reference in caplog.text, "who has a token finds every reference there"
+
+
+def test_many_who_ask_for_health_cost_one_answer(api, monkeypatch):
+    asked = []
+    monkeypatch.setattr(health, "_workers", lambda _: asked.append(1) or [])
+    monkeypatch.setattr(health, "PULSE_S", 3600)
+    for _ in range(20):
+        assert api.get("/health", None).status == 200
+    assert len(asked) == 1
 
 
 def test_a_kept_connection_serves_again_and_again(shared):
@@ -231,3 +365,15 @@ def test_none_is_made_in_place_of_a_configured_one_that_is_missing(tmp_path):
     with pytest.raises(KeyFileError), api:
         pass
     assert not Path(names[0]).exists()
+
+
+def test_a_process_that_cannot_listen_says_so_in_one_line(shared, tmp_path, capsys):
+    config = tmp_path / "narrows.toml"
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as run:
+        paths = f'[paths]\nstate = "{tmp_path / "state"}"\nrun = "{run}"\n\n[review]\n'
+        for listen in (f"port = {shared.port}", 'address = "198.51.100.77"'):
+            config.write_text(paths + listen + "\n")
+            assert main(["serve", "review", "--config", str(config)]) == 69
+            said = capsys.readouterr().err.splitlines()
+            assert [line for line in said if line.startswith("narrows: the review cannot listen")]
+            assert not [line for line in said if "Traceback" in line]
