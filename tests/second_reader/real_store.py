@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from second_store import read_store
 from staging import wait_for
 
 from appliance.lab.topology import SERVER4
 
 RANDOM, TEXT, HTTP, CUT, LATE, OPEN = 7101, 7102, 80, 7103, 7104, 7105
 CROWD, NOBODY = 140, 7100  # sessions that no server takes: leaves for more than one tile
+MORE = b"on and on", b"without an end"  # of the open session, when all was sealed
 LAST_WORDS = b"written to memory only"
 SECRET = b"Basic dXNlcjpwYXNzd29yZC1vbmU="
 LONGEST_SEGMENT = 4 << 20  # what is sealed of a segment in these tests; the files are preallocated
@@ -28,6 +30,7 @@ class RealStore:
     """A state directory as an auditor gets it, and what the appliance itself says of it.
 
     `said`: by port, (client's bytes, server's bytes). `events`: of `sessions export`, as ndjson.
+    `hurt`: a later copy; a commit had been changed on disk before it was sealed.
     `memory`: the chunks of the writers, when the workers were killed after LAST_WORDS.
     """
 
@@ -35,6 +38,7 @@ class RealStore:
     said: dict
     events: list
     raw: Path
+    hurt: Path
     memory: Path
     listed: list
 
@@ -181,9 +185,17 @@ def seal_once(stage):
 
 
 def copied(source, target):
-    """Copy a file; of a segment no more than these tests seal."""
+    """Copy a file without its holes; of a segment no more than these tests seal."""
     with open(source, "rb") as old, open(target, "wb") as new:
-        new.write(old.read(LONGEST_SEGMENT if source.endswith(".seg") else -1))
+        size = os.fstat(old.fileno()).st_size
+        size = min(size, LONGEST_SEGMENT) if source.endswith(".seg") else size
+        new.truncate(size)
+        at = 0
+        with contextlib.suppress(OSError):  # ENXIO: no more data
+            while (at := os.lseek(old.fileno(), at, os.SEEK_DATA)) < size:
+                end = min(size, os.lseek(old.fileno(), at, os.SEEK_HOLE))
+                os.pwrite(new.fileno(), os.pread(old.fileno(), end - at, at), at)
+                at = end
 
 
 def copy_state(state, target):
@@ -193,6 +205,26 @@ def copy_state(state, target):
         shutil.copy(state / name, target / name)
     for name in ("segments", "sealed", "keys", "ledger"):
         shutil.copytree(state / "evidence" / name, target / "evidence" / name, copy_function=copied)
+
+
+def hurt_commit(stage, talks, ledger):
+    """Let the open session go on, change the first commit behind the sealed ones, and seal."""
+    [session] = [one["id"] for one in stage.sessions() if one["state"] == "running"]
+    [opened] = [leaf for leaf in ledger.of("session_open") if leaf["session"] == session]
+    generation = opened["generation"]
+    end = [leaf["end"] for leaf in ledger.of("segment") if leaf["generation"] == generation][-1]
+    size = len(talks.said[OPEN][0])
+    for more in MORE:  # two commits at least: a bad one at the very end would be one half written
+        passed(*talks.ends[OPEN], more)
+        size += len(more)
+        wait_for(lambda size=size: stage.shown(session)["bytes_up"] == size, what="a commit")
+    path = Path(stage.config.paths.state) / "evidence" / "segments" / f"{generation:08x}.seg"
+    with path.open("r+b") as file:
+        file.seek(end + 70)
+        [byte] = file.read(1)
+        file.seek(end + 70)
+        file.write(bytes([byte ^ 1]))
+    stage.narrows("evidence", "seal", check=False)
 
 
 def last_words(stage, talks, target):
@@ -216,8 +248,11 @@ def make_store(stage, folder):
         stage.narrows("sessions", "export", "--all", "--format", "raw", "--output", str(raw))
         seal_once(stage)
         copy_state(Path(stage.config.paths.state), folder / "state")
+        hurt_commit(stage, talks, read_store(folder / "state").ledger)
+        copy_state(Path(stage.config.paths.state), folder / "hurt")
         last_words(stage, talks, folder / "hot")
     finally:
         talks.end()
     lines = [json.loads(line) for line in events.splitlines()]
-    return RealStore(folder / "state", talks.said, lines, raw, folder / "hot", listed)
+    hurt, memory = folder / "hurt", folder / "hot"
+    return RealStore(folder / "state", talks.said, lines, raw, hurt, memory, listed)

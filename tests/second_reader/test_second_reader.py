@@ -6,7 +6,19 @@ import struct
 from hashlib import sha256
 
 import pytest
-from real_store import CROWD, CUT, HTTP, LAST_WORDS, LATE, NOBODY, OPEN, SECRET, make_store
+from real_store import (
+    CROWD,
+    CUT,
+    HTTP,
+    LAST_WORDS,
+    LATE,
+    MORE,
+    NOBODY,
+    OPEN,
+    SECRET,
+    copied,
+    make_store,
+)
 from second_chunks import uncommitted
 from second_frames import DOWN, OPERATION, UP, printed
 from second_keys import key_file
@@ -40,7 +52,7 @@ def evidence(store):
 @pytest.fixture
 def copy(store, tmp_path):
     """A state directory that a test may spoil."""
-    return shutil.copytree(store.state, tmp_path / "state")
+    return shutil.copytree(store.state, tmp_path / "state", copy_function=copied)
 
 
 def by_port(evidence):
@@ -167,13 +179,31 @@ def test_the_digest_of_hidden_bytes_is_that_of_the_credential(store, evidence):
     assert session.hidden("client") == wanted
 
 
+def test_of_a_store_with_a_damaged_commit_everything_else_is_read(store, evidence):
+    left = read_store(store.hurt)
+    [leaf] = left.ledger.of("damaged")
+    generation = generation_of(evidence, OPEN)
+    assert (leaf["generation"], leaf["reason"]) == (generation, "commit")
+    sealed = sum(
+        x["commits"] for x in evidence.ledger.of("segment") if x["generation"] == generation
+    )
+    assert left.unreadable == {(generation, sealed)}
+    for number, session in evidence.sessions.items():
+        assert [frame for frame in left.sessions[number].frames if frame in session.frames] == (
+            session.frames
+        )
+    read = by_port(left)[OPEN].half_stream(UP)
+    assert len(read) == len(store.said[OPEN][0] + b"".join(MORE))
+    assert read.endswith(MORE[-1])
+
+
 def test_what_a_killed_worker_had_not_committed_is_read_from_its_memory(store, evidence):
     number = by_port(evidence)[OPEN].number
     writer = number >> 40
     ends = [x["position"] for x in evidence.ledger.of("segment") if x["incarnation"] == writer]
     frames = uncommitted(store.memory / f"{writer:08x}", ends[-1])
-    said = [(f.kind, f.offset, f.payload) for f in frames if f.session == number]
-    assert said == [(UP, len(store.said[OPEN][0]), LAST_WORDS)]
+    said = [(f.kind, f.payload) for f in frames if f.session == number]
+    assert said == [(UP, data) for data in (*MORE, LAST_WORDS)]
 
 
 @pytest.mark.parametrize("place", [0.0, 0.02, 0.5, 0.999999])
