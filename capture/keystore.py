@@ -5,7 +5,8 @@ ciphertext, so that a copy or an archive of packs holds none of them. See docs/e
 
 * `keys/IIIIIIII` has a slot of 64 bytes for each session of an incarnation, at its counter * 64;
   slot 0 is that of the records outside of sessions;
-* `keys/segments` has a slot for each generation: the wrapped key of a segment whose file is gone.
+* `keys/segments.SSSS` has a slot for each generation whose number begins with SSSS: the wrapped key
+  of a segment whose file is gone.
 
 A slot of zeros holds no key: it was never made, or it was destroyed. Who changes a file holds its
 lock, so that a key that is being destroyed is not written back.
@@ -93,13 +94,15 @@ class KeyStore:
 
     def segment(self, generation: int) -> bytes | None:
         """Return the wrapped key of a segment, as its header held it; None when there is none."""
-        slot = _read(self._folder / "segments", generation, 1)
+        name, number = _segment_place(generation)
+        slot = _read(self._folder / name, number, 1)
         return None if slot == _EMPTY else slot[:WRAPPED_BYTES]
 
     def keep_segment(self, generation: int, wrapped: bytes) -> None:
         """Keep the wrapped key of a segment whose file is about to go."""
-        with _locked(self._folder / "segments") as fd:
-            _write(fd, wrapped.ljust(SLOT, b"\0"), generation * SLOT)
+        name, number = _segment_place(generation)
+        with _locked(self._folder / name) as fd:
+            _write(fd, wrapped.ljust(SLOT, b"\0"), number * SLOT)
             os.fsync(fd)
 
     def destroy(self, session: int, generations: Iterable[int]) -> None:
@@ -109,7 +112,8 @@ class KeyStore:
         """
         owner, counter = _place(0, session)
         self._zero(f"{owner:08x}", [counter])
-        self._zero("segments", generations)
+        for name, number in map(_segment_place, generations):
+            self._zero(name, [number])
 
     def _zero(self, name: str, numbers: Iterable[int]) -> None:
         with _locked(self._folder / name) as fd:
@@ -123,6 +127,11 @@ def _place(incarnation: int, session: int) -> tuple[int, int]:
     if session == 0:
         return incarnation, 0
     return incarnation_of(session), session & _COUNTER
+
+
+def _segment_place(generation: int) -> tuple[str, int]:
+    """Return the file that has a generation's slot, and the slot's number in it."""
+    return f"segments.{generation >> 16:04x}", generation & 0xFFFF
 
 
 def _context(owner: int, session: int) -> bytes:

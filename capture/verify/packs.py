@@ -131,7 +131,8 @@ class Packs:
             first += pack.commits
         self._fixed, self._commitment = self.packs[0].fixed, self.packs[0].commitment
         self.generation, self.incarnation, self.stream, self.key_id = header_fields(self._fixed)
-        slot = _slot(evidence / "keys" / "segments", generation)
+        name = f"segments.{generation >> 16:04x}"
+        slot = _slot(evidence / "keys" / name, generation & 0xFFFF)
         self._wrapped = slot[:60] if any(slot) else b""
         self.block: bytes | None = None
         if self._wrapped:

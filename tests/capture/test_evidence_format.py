@@ -188,7 +188,7 @@ def test_the_example_pack_is_read_by_the_reader_too(tmp_path):
     place.store.pack(0x2A, 0).write_bytes(example("pack")[1])
     (place.store.keys / "00000029").write_bytes(example("keys")[1])
     start, slot = example("segments")
-    (place.store.keys / "segments").write_bytes(bytes(start) + slot)
+    (place.store.keys / "segments.0000").write_bytes(bytes(start) + slot)
     keys = Keys.load(place.state)
     with open_segment(place.store, 0x2A, keys) as segment:
         found = [

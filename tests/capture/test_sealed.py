@@ -434,7 +434,7 @@ def test_the_records_outside_of_sessions_have_a_key_of_their_own(place):
     path = place.store.keys / f"{incarnation_of(sessions[0]):08x}"
     with path.open("r+b") as file:
         file.write(bytes(SLOT))
-    (place.store.keys / "segments").unlink()
+    (place.store.keys / "segments.0000").unlink()
     report = place.verify()
     assert report.exit_code == 2, report.text()
     told = {(finding.session, finding.reason[:21]) for finding in report.findings}

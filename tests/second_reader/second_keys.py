@@ -45,6 +45,11 @@ def part_keys(data_key, salt, session, generation, first):
     return out[:32], out[32:]
 
 
+def segment_place(generation):
+    """Return (file in `evidence/keys`, slot) of a segment's wrapped key."""
+    return f"segments.{generation >> 16:04x}", generation & 0xFFFF
+
+
 @dataclass(frozen=True, slots=True)
 class KeySlots:
     """The folder `evidence/keys` and the appliance key that opens what is in it."""
@@ -63,7 +68,7 @@ class KeySlots:
 
     def segment_wrapped(self, generation):
         """Return the 60 bytes of a segment's wrapped key, or None when it was destroyed."""
-        slot = self.slot("segments", generation)
+        slot = self.slot(*segment_place(generation))
         return slot[:60] if any(slot) else None
 
     def session_key(self, session, incarnation):

@@ -31,7 +31,7 @@ def keys(tmp_path):
     [(_, sessions)] = dumps("keys")
     [(at, segments)] = dumps("segments")
     (tmp_path / "00000029").write_bytes(sessions)
-    (tmp_path / "segments").write_bytes(bytes(at) + segments)
+    (tmp_path / "segments.0000").write_bytes(bytes(at) + segments)
     return KeySlots(tmp_path, bytes(range(32)))
 
 

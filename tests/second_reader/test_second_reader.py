@@ -21,7 +21,7 @@ from real_store import (
 )
 from second_chunks import uncommitted
 from second_frames import DOWN, OPERATION, UP, printed
-from second_keys import key_file
+from second_keys import key_file, segment_place
 from second_ledger import Broken
 from second_packs import CHUNK, parse
 from second_store import read_store
@@ -251,7 +251,7 @@ def test_a_session_whose_key_was_destroyed_is_gone_and_everything_else_is_read(c
     keys = copy / "evidence" / "keys"
     holding = {generation_of(evidence, HTTP)}
     slots = [(f"{gone >> 40:08x}", gone & (1 << 40) - 1)]
-    for name, number in slots + [("segments", generation) for generation in holding]:
+    for name, number in slots + [segment_place(generation) for generation in holding]:
         with (keys / name).open("r+b") as file:
             file.seek(64 * number)
             file.write(bytes(64))
