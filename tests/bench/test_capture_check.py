@@ -1,5 +1,7 @@
 """The bench's capture check finds what is missing or differs in a recorded stream."""
 
+from dataclasses import replace
+
 import pytest
 
 from bench.capture_check import BULK_BODY_BYTES, HEADER, SMALL, CaptureCheck, Sent, pattern
@@ -8,7 +10,7 @@ from capture.crypt import Keys
 from capture.frames import Kind
 from capture.records import Operation
 from capture.segment import SegmentWriter
-from capture.settings import SMALL as SMALL_SETTINGS
+from capture.settings import SMALL as OF_A_COMMAND
 from capture.store import Store
 
 PIECE = 10_000
@@ -28,7 +30,8 @@ class Recording:
     """Sessions of load.c as a gate would have recorded them."""
 
     def __init__(self, store, keys):
-        self.writer = SegmentWriter(store, keys, "gate-0", role="gate", settings=SMALL_SETTINGS)
+        small = replace(OF_A_COMMAND, sessions=True)
+        self.writer = SegmentWriter(store, keys, "gate-0", role="gate", settings=small)
 
     def stream(self, session, kind, data):
         for start in range(0, len(data), PIECE):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -107,17 +108,17 @@ ports = [8443]
         return self.hosts.program("gate", *argv)
 
     def records(self, kind):
-        """Return the records of a type that are on disk, as (stream, fields)."""
+        """Return the records of a type that are on disk, oldest first, as (stream, fields)."""
         store = Store(self.config.paths.state, self.config.paths.run)
         follower = Follower(store, Keys.load(self.config.paths.state))
         found = []
         while step := follower.step():
             for one in step:
-                for number, _, _, _, payload, _ in walk(one.plaintext, one.incarnation):
+                for number, _, time_ns, _, payload, _ in walk(one.plaintext, one.incarnation):
                     if number == KINDS[kind]:
-                        found.append((one.stream, decode(number, payload)))
+                        found.append((time_ns, one.stream, decode(number, payload)))
         follower.close()
-        return found
+        return [(stream, fields) for _, stream, fields in sorted(found, key=itemgetter(0))]
 
 
 @pytest.fixture(scope="module")
