@@ -41,7 +41,7 @@ class Certificates:
 
     @property
     def server(self) -> Path:
-        """Return the chain of the server host, for its addresses, server.lab, and names under that."""
+        """Return the chain of the server host, for its addresses, server.lab and *.server.lab."""
         return self.folder / "server.pem"
 
     @property
