@@ -1,8 +1,8 @@
 """The `narrows` command: one module per command, imported only when it is asked for.
 
-A command module has `SUMMARY`, `arguments(parser)` and `run(words) -> exit code`. Errors that a
-person can mend end in one line on stderr: `Refusal` is raised for them. Exit codes are listed in
-docs/cli.md.
+A command module has `arguments(parser)` and `run(words) -> exit code`; `COMMANDS` says what it
+does. Errors that a person can mend end in one line on stderr: `Refusal` is raised for them. Exit
+codes are listed in docs/cli.md.
 """
 
 from __future__ import annotations

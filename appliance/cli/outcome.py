@@ -8,8 +8,8 @@ from __future__ import annotations
 OK = 0  #: done; for `verify`: valid
 FAILED = 1  #: tried and failed; for `verify`: invalid
 USAGE = 2  #: the words make no sense, or name something unknown; for `verify`: incomplete
-NOT_FOUND = 3  #: no such session, segment or lab
-REFUSED = 4  #: reading was refused, because it could not be recorded
+NOT_FOUND = 3  #: no such session, token or lab; for `redirect status`: not in place
+REFUSED = 4  #: nothing was shown or changed, because it could not be recorded
 UNAVAILABLE = 69  #: a process, privilege or file that is needed is not there
 BROKEN_PIPE = 141  #: the reader of the output is gone, as a shell says of SIGPIPE
 

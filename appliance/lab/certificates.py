@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from appliance.config import Config
 
-SERVER_NAMES = (SERVER4, SERVER6, "server.lab")
+#: OpenSSL takes no wildcard with fewer than two dots behind it: "*.lab" would be for no name.
+SERVER_NAMES = (SERVER4, SERVER6, "server.lab", "*.server.lab")
 #: By which OpenSSL and Python, curl, libpq, Python's requests, git, Node.js and Go find authorities
 _VARIABLES = (
     "SSL_CERT_FILE", "CURL_CA_BUNDLE", "PGSSLROOTCERT", "REQUESTS_CA_BUNDLE", "GIT_SSL_CAINFO",
@@ -40,7 +41,7 @@ class Certificates:
 
     @property
     def server(self) -> Path:
-        """Return the chain of the server host, for its addresses and `server.lab`."""
+        """Return the chain of the server host, for its addresses, server.lab and *.server.lab."""
         return self.folder / "server.pem"
 
     @property

@@ -4,7 +4,8 @@ The session driver calls it. Start-up and authentication (`appliance.wire.pgstar
 both sides and hide credentials; from ReadyForQuery on the layer is active for the client
 (`appliance.wire.pgfrontend`: an Operation is in the evidence before its statement leaves) and
 passive for the server (`appliance.wire.pgbackend`: rows pass first and are counted after). A
-session that goes to TLS is relayed and not decoded; a cancel request is a session of its own.
+session in TLS that the gate does not open is relayed and not decoded; a cancel request is a session
+of its own.
 
 docs/protocols/postgresql.md says what is covered and lists the facts.
 """
