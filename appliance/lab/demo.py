@@ -91,10 +91,10 @@ def _story(lab: Lab, talk: TextIO) -> tuple[list[dict[str, Any]], dict[str, Any]
     ran = [_run(lab, workload, talk) for workload in workloads(scripts, sys.executable)]
     count = _opened(lab) - before
     sessions = _sessions(lab, count)
-    verified, valid = _verify(lab)
+    verified, valid = _verify(lab, count)
     wrong = _wrong(ran, sessions, count)
     if not valid:
-        wrong.append("the evidence does not verify")
+        wrong.append("the evidence is not sealed, or does not verify")
     return sessions, verified, wrong
 
 
@@ -147,21 +147,24 @@ def _sessions(lab: Lab, count: int) -> list[dict[str, Any]]:
         time.sleep(0.1)
 
 
-def _verify(lab: Lab) -> tuple[dict[str, Any], bool]:
-    """Return ({ok, leaves, checkpoint}, is it valid), once everything is sealed."""
+def _verify(lab: Lab, count: int) -> tuple[dict[str, Any], bool]:
+    """Return ({ok, leaves, checkpoint}, is it valid), once the ends of all sessions are sealed:
+    what was committed in the last seconds is pending, and verifies too.
+    """
     until = time.monotonic() + COMPLETE_S
     while True:
         answer = _narrows(lab, ["evidence", "verify", "all", "--json"])
-        if answer.returncode == 0 or time.monotonic() > until:
+        try:
+            report = json.loads(answer.stdout)
+        except ValueError:
+            print(answer.stderr, end="", file=sys.stderr)
+            report = {}
+        sealed = report.get("sessions", {}).get("closed", 0) >= count
+        valid = answer.returncode == 0 and bool(report.get("ok")) and sealed
+        if valid or time.monotonic() > until:
             break
         time.sleep(0.3)
-    try:
-        report = json.loads(answer.stdout)
-    except ValueError:
-        print(answer.stderr, end="", file=sys.stderr)
-        report = {}
-    verified = {key: report.get(key) for key in ("ok", "leaves", "checkpoint")}
-    return verified, answer.returncode == 0 and bool(report.get("ok"))
+    return {key: report.get(key) for key in ("ok", "leaves", "checkpoint")}, valid
 
 
 def _let_in(lab: Lab) -> tuple[str, list[str]]:
