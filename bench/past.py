@@ -25,6 +25,7 @@ from capture.settings import WriterSettings
 
 if TYPE_CHECKING:
     from capture.crypt import Keys
+    from capture.records import Record
     from capture.store import Store
 
 SETTINGS = WriterSettings(commit_s=0.05, reserve_bytes=0)
@@ -122,8 +123,8 @@ class Past:
         close = SessionClose("fin", "client", 500, 900, living.said, living.opened_ns)
         self._put(living, close)
 
-    def _put(self, living: _Living, record: object) -> None:
-        self._writer.record(living.number, record, self._now)  # type: ignore[arg-type]
+    def _put(self, living: _Living, record: Record) -> None:
+        self._writer.record(living.number, record, self._now)
 
     def _take_in(self) -> None:
         """Bring the index up to date, as the seal does a few times a second."""

@@ -166,8 +166,11 @@ def start(
         if namespace is not None:
             enter(namespace)
 
-    # No thread of ours holds a lock that the child would need.
-    return subprocess.Popen(argv, preexec_fn=prepare, **options)  # noqa: PLW1509
+    return subprocess.Popen(
+        argv,
+        preexec_fn=prepare,  # noqa: PLW1509 - no thread of ours holds a lock that it would need
+        **options,
+    )
 
 
 def _veth(ip: IPRoute, near: str, near_ns: str, far: str, far_ns: str) -> None:

@@ -127,24 +127,23 @@ def run(session: Session, effects: list[Effect], now: int) -> None:
     """
     relaying = False
     for effect in effects:
-        kind = type(effect)
-        if kind is Audit:
-            record = effect.record  # type: ignore[union-attr]
+        if isinstance(effect, Audit):
+            record = effect.record
             if type(record) is Operation:
                 session.operations += 1
             session.worker.record(session.number, record, now)
-        elif kind is Forward:
-            _forward(session, effect, now)  # type: ignore[arg-type]
-        elif kind is Relay:
-            relayed = session.up if effect.from_side is CLIENT else session.down  # type: ignore[union-attr]
-            relayed.relay = effect.length  # type: ignore[union-attr]
+        elif isinstance(effect, Forward):
+            _forward(session, effect, now)
+        elif isinstance(effect, Relay):
+            relayed = session.up if effect.from_side is CLIENT else session.down
+            relayed.relay = effect.length
             relaying = True
-        elif kind is Close:
-            session.end_side(effect.side, effect.reason)  # type: ignore[union-attr]
-        elif kind is StartTls:
+        elif isinstance(effect, Close):
+            session.end_side(effect.side, effect.reason)
+        elif isinstance(effect, StartTls):
             begin(session, b"", due=True)
-        elif kind is SetTimer:
-            _set_timer(session, effect)  # type: ignore[arg-type]
+        elif isinstance(effect, SetTimer):
+            _set_timer(session, effect)
         if session.closed:
             return
     # What was queued or ended has said so itself.

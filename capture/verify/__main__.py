@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from capture.verify.check import verify
 
@@ -15,7 +16,7 @@ _USAGE = 64
 class _Parser(argparse.ArgumentParser):
     """Leaves exit code 2 to incomplete evidence."""
 
-    def exit(self, status: int = 0, message: str | None = None) -> None:  # type: ignore[override]
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """End the program; a usage error has code 64."""
         if message:
             sys.stderr.write(message)

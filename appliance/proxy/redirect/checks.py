@@ -107,6 +107,7 @@ class _Routes:
 
 
 def _within(inner: Network, outer: Network) -> bool:
+    # mypy does not see that equal versions are equal types
     return inner.version == outer.version and inner.subnet_of(outer)  # type: ignore[arg-type]
 
 

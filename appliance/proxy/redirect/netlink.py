@@ -39,7 +39,7 @@ _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _LARGEST = 64 << 20  # a limit, not what is taken
 
 
-class RawMessage(nfgen_msg):  # type: ignore[misc]
+class RawMessage(nfgen_msg):  # type: ignore[misc]  # pyroute2 has no types
     """An nftables message whose attributes stay bytes."""
 
     nla_map = ()

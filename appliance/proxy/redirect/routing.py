@@ -127,7 +127,7 @@ def wanted(clients: Iterable[Network]) -> list[PolicyRule]:
 
 def _collapsed(networks: Iterable[Network]) -> list[Network]:
     """Return the fewest networks of one IP version that cover the same addresses."""
-    return list(ipaddress.collapse_addresses(networks))  # type: ignore[type-var]
+    return list(ipaddress.collapse_addresses(networks))  # type: ignore[type-var]  # all one version
 
 
 def present() -> list[PolicyRule]:
